@@ -1,0 +1,5 @@
+//! What everything else may name: the clock.
+
+mod clock;
+
+pub use clock::{Clock, Millis};

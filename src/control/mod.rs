@@ -1,0 +1,5 @@
+//! See `src/lib.rs`.
+
+mod settings;
+
+pub use settings::Settings;

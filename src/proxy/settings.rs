@@ -1,0 +1,30 @@
+//! What an operator may set of the exchanges.
+
+/// Limits of an exchange with a client. Times in whole units as the flag says.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Settings {
+    /// Largest request body; 413 beyond it
+    #[arg(long, env = "VLLM_PROXY_MAX_BODY_BYTES", default_value_t = 512 * 1024 * 1024, value_name = "BYTES")]
+    pub max_body_bytes: u64,
+
+    /// Bodies up to this size are read whole before a worker is chosen; a larger one waits only where its
+    /// model decides the way
+    #[arg(long, env = "VLLM_PROXY_BODY_PEEK_BYTES", default_value_t = 64 * 1024, value_name = "BYTES")]
+    pub body_peek_bytes: u64,
+
+    /// Seconds that a client has for the head of a request
+    #[arg(long, env = "VLLM_PROXY_HEAD_TIMEOUT_SECS", default_value_t = 10, value_name = "SECONDS")]
+    pub head_timeout_secs: u64,
+
+    /// Seconds that a client may pause within the body of a request
+    #[arg(long, env = "VLLM_PROXY_BODY_TIMEOUT_SECS", default_value_t = 30, value_name = "SECONDS")]
+    pub body_timeout_secs: u64,
+
+    /// Seconds that an idle client connection is kept
+    #[arg(long, env = "VLLM_PROXY_KEEPALIVE_TIMEOUT_SECS", default_value_t = 90, value_name = "SECONDS")]
+    pub keepalive_timeout_secs: u64,
+
+    /// Seconds without progress after which a client that does not read its answer is cut
+    #[arg(long, env = "VLLM_PROXY_WRITE_TIMEOUT_SECS", default_value_t = 300, value_name = "SECONDS")]
+    pub write_timeout_secs: u64,
+}

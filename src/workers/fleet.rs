@@ -1,0 +1,149 @@
+//! What shards know of the workers: an immutable copy of the registry.
+
+use std::{collections::HashMap, fmt, sync::Arc};
+
+use arc_swap::ArcSwap;
+
+use crate::workers::Worker;
+
+/// One model name that clients may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// The name as the workers list it.
+    pub name: String,
+    /// Positions in [`Fleet::workers`], ascending.
+    pub workers: Vec<usize>,
+    /// Whether it is a served name of a base model (not a LoRA adapter): only these stand in vLLM's
+    /// "Valid aliases".
+    pub base: bool,
+}
+
+/// Which workers a model name leads to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Resolved<'a> {
+    /// These workers may serve it: positions in [`Fleet::workers`].
+    Workers {
+        /// Who has the model, usable or not.
+        workers: &'a [usize],
+        /// The model's name, for metrics; `None` where no single model is meant.
+        model: Option<&'a str>,
+        /// The name that the workers know, where it differs from the client's (an alias).
+        rename: Option<&'a str>,
+    },
+    /// No worker has such a model.
+    Unknown,
+}
+
+/// The workers and their models at one moment.
+#[derive(Default)]
+pub struct Fleet {
+    /// Every worker, usable or not, in the order of configuration.
+    pub workers: Vec<Arc<Worker>>,
+    /// All positions of `workers`.
+    pub(super) all: Vec<usize>,
+    /// Workers whose model list could not be learnt (`/v1/models` refused): they may have any model.
+    pub(super) open: Vec<usize>,
+    /// Every model, in order of first appearance.
+    pub(super) models: Vec<Model>,
+    /// Position in `models` by name.
+    pub(super) by_name: HashMap<String, usize>,
+    /// Alias to the model that it means.
+    pub(super) aliases: HashMap<String, String>,
+    /// Position in `models` of what a request without a model means.
+    pub(super) default_model: Option<usize>,
+    /// Body of `GET /v1/models`; empty while nothing is known.
+    pub(super) models_json: Vec<u8>,
+    /// Body of `GET /version`; empty while nothing is known.
+    pub(super) version_json: Vec<u8>,
+}
+
+impl fmt::Debug for Fleet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fleet").field("workers", &self.workers).field("models", &self.models).finish()
+    }
+}
+
+impl Fleet {
+    /// Whether at least one worker takes requests: what `/health` says.
+    pub fn usable(&self) -> bool {
+        self.workers.iter().any(|worker| worker.usable())
+    }
+
+    /// The models known, in order of first appearance.
+    pub fn models(&self) -> &[Model] {
+        &self.models
+    }
+
+    /// The names that vLLM's 404 lists: the base models, then the aliases.
+    pub fn valid_names(&self) -> impl Iterator<Item = &str> {
+        let base = self.models.iter().filter(|model| model.base).map(|model| model.name.as_str());
+        let mut aliases: Vec<&str> = self.aliases.keys().map(String::as_str).collect();
+        aliases.sort_unstable();
+        base.chain(aliases)
+    }
+
+    /// Body of `GET /v1/models`; `None` when a worker has to be asked instead.
+    pub fn models_json(&self) -> Option<&[u8]> {
+        (!self.models_json.is_empty() && self.open.is_empty()).then_some(&self.models_json[..])
+    }
+
+    /// Body of `GET /version`; `None` when a worker has to be asked instead.
+    pub fn version_json(&self) -> Option<&[u8]> {
+        (!self.version_json.is_empty()).then_some(&self.version_json[..])
+    }
+
+    /// Whether a request's model decides where it may go or what is sent, so that its body must be read first.
+    pub fn model_matters(&self) -> bool {
+        !self.aliases.is_empty()
+            || self.default_model.is_some() && self.models.len() > 1
+            || self.models.iter().any(|model| model.workers.len() != self.workers.len())
+            || !self.open.is_empty() && !self.models.is_empty()
+    }
+
+    /// Every worker: for what does not depend on a model.
+    pub fn any(&self) -> Resolved<'_> {
+        Resolved::Workers { workers: &self.all, model: None, rename: None }
+    }
+
+    /// Who serves `name`; `None` stands for a request that names no model (missing, `null` or `""`).
+    pub fn resolve(&self, name: Option<&str>) -> Resolved<'_> {
+        let name = name.filter(|name| !name.is_empty());
+        let Some(name) = name else {
+            return match self.default_model {
+                Some(at) => self.model(at, None),
+                None if self.models.is_empty() => self.any(),
+                None => Resolved::Unknown,
+            };
+        };
+        if let Some(&at) = self.by_name.get(name) {
+            return self.model(at, None);
+        }
+        if let Some(meant) = self.aliases.get(name) {
+            return match self.by_name.get(meant) {
+                Some(&at) => self.model(at, Some(meant)),
+                None => self.unlisted(Some(meant)),
+            };
+        }
+        self.unlisted(None)
+    }
+
+    fn model<'a>(&'a self, at: usize, rename: Option<&'a str>) -> Resolved<'a> {
+        let model = &self.models[at];
+        Resolved::Workers { workers: &model.workers, model: Some(&model.name), rename }
+    }
+
+    /// A name that no list contains: workers without a list may still have it; while nothing at all is known,
+    /// everything may.
+    fn unlisted<'a>(&'a self, rename: Option<&'a str>) -> Resolved<'a> {
+        if self.models.is_empty() {
+            Resolved::Workers { workers: &self.all, model: None, rename }
+        } else if self.open.is_empty() {
+            Resolved::Unknown
+        } else {
+            Resolved::Workers { workers: &self.open, model: None, rename }
+        }
+    }
+}
+
+/// The newest fleet, swapped whole.
+pub type FleetHandle = Arc<ArcSwap<Fleet>>;
