@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 pub mod net;
 pub mod proxy;
+pub mod routing;
 pub mod shard;
 pub mod upstream;
 pub mod workers;

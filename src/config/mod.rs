@@ -1,6 +1,6 @@
 //! Everything an operator can set: flags over environment over defaults, validated.
 
-use crate::{control, proxy, shard, upstream, workers::WorkerUrl};
+use crate::{control, proxy, routing, shard, upstream, workers::WorkerUrl};
 
 /// All settings of the proxy.
 #[derive(Debug, Clone, clap::Parser)]
@@ -25,6 +25,10 @@ pub struct Config {
     /// Listener, threads and driver.
     #[command(flatten)]
     pub shards: shard::Settings,
+
+    /// The choice of a worker.
+    #[command(flatten)]
+    pub routing: routing::Settings,
 
     /// Limits of an exchange.
     #[command(flatten)]

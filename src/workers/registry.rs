@@ -39,7 +39,8 @@ pub struct Registry {
 impl Registry {
     /// A registry of the workers at `urls`, in that order; of each nothing is known yet.
     pub fn new(urls: impl IntoIterator<Item = WorkerUrl>, settings: ModelSettings) -> Self {
-        let entries = urls.into_iter().map(|url| (Arc::new(Worker::new(url)), Learnt::Nothing)).collect();
+        let entries = urls.into_iter().enumerate();
+        let entries = entries.map(|(id, url)| (Arc::new(Worker::new(id, url)), Learnt::Nothing)).collect();
         let mut registry = Self {
             settings,
             entries,

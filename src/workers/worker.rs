@@ -52,6 +52,7 @@ struct OwnLine<T>(T);
 /// One vLLM server. Shared by all threads; everything that changes is atomic.
 #[derive(Debug)]
 pub struct Worker {
+    id: usize,
     url: WorkerUrl,
     addresses: ArcSwap<Addresses>,
     health: AtomicU8,
@@ -60,15 +61,21 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker of which nothing is known but its URL.
-    pub fn new(url: WorkerUrl) -> Self {
+    /// A worker of which nothing is known but its URL. `id` is never given to another one in this process.
+    pub fn new(id: usize, url: WorkerUrl) -> Self {
         Self {
+            id,
             url,
             addresses: ArcSwap::default(),
             health: AtomicU8::new(Health::Unknown as u8),
             in_flight: OwnLine::default(),
             counters: OwnLine::default(),
         }
+    }
+
+    /// A small number that no other worker of this process has or had: the index of per-shard tables.
+    pub fn id(&self) -> usize {
+        self.id
     }
 
     /// Where it is.
@@ -158,7 +165,7 @@ mod tests {
     use super::*;
 
     fn worker() -> Worker {
-        Worker::new("http://a:1".parse().unwrap())
+        Worker::new(0, "http://a:1".parse().unwrap())
     }
 
     #[test]

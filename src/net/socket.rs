@@ -1,0 +1,179 @@
+//! TCP connections in two halves, and the few calls for which neither std nor monoio has a name.
+
+#![expect(unsafe_code, reason = "recv with MSG_PEEK and shutdown of a listener are calls of libc")]
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsRawFd, RawFd},
+};
+
+use monoio::{
+    io::{AsyncReadRent, AsyncWriteRent, OwnedReadHalf, OwnedWriteHalf, Splitable},
+    net::{TcpListener, TcpStream},
+};
+
+use crate::net::Buffer;
+
+/// Connections that the kernel completes before we accept them. Capped by `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// The half of a connection that is read.
+#[derive(Debug)]
+pub struct ReadHalf {
+    half: OwnedReadHalf<TcpStream>,
+    fd: RawFd,
+}
+
+/// The half of a connection that is written. When it is dropped the peer is sent a FIN, even while a read on
+/// the other half is still with the kernel.
+#[derive(Debug)]
+pub struct WriteHalf {
+    half: OwnedWriteHalf<TcpStream>,
+}
+
+impl ReadHalf {
+    /// Reads at least one byte behind what `buffer` holds; 0 is the end of the stream, or a full buffer.
+    ///
+    /// # Cancellation
+    /// Bytes that have arrived may be lost: the connection must be dropped with the future.
+    pub async fn read(&mut self, buffer: Buffer) -> (io::Result<usize>, Buffer) {
+        self.half.read(buffer).await
+    }
+
+    /// Whether nothing has come since the last read: neither bytes nor the end. Asks the kernel, without
+    /// waiting and without taking anything.
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = 0u8;
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        // SAFETY: the descriptor lives as long as self, and one byte of room is given.
+        let got = unsafe { libc::recv(self.fd, (&raw mut byte).cast(), 1, flags) };
+        got < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock
+    }
+}
+
+impl WriteHalf {
+    /// Writes all that `buffer` holds and gives it back as it was.
+    ///
+    /// # Errors
+    /// The kernel's, after which some bytes may have been written.
+    ///
+    /// # Cancellation
+    /// Some bytes may have been written: the connection must not be written to again.
+    pub async fn write_all(&mut self, mut buffer: Buffer) -> (io::Result<()>, Buffer) {
+        let len = buffer.len();
+        let mut written = 0;
+        while written < len {
+            let result;
+            (result, buffer) = self.half.write(buffer).await;
+            match result {
+                Ok(0) => {
+                    buffer.retreat(written);
+                    return (Err(io::ErrorKind::WriteZero.into()), buffer);
+                }
+                Ok(count) => {
+                    written += count;
+                    if written < len {
+                        buffer.advance(count);
+                    } else {
+                        buffer.retreat(written - count);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    buffer.retreat(written);
+                    return (Err(error), buffer);
+                }
+            }
+        }
+        (Ok(()), buffer)
+    }
+
+    /// Sends a FIN; reading goes on.
+    pub async fn finish(&mut self) {
+        // an error means that the connection is gone already
+        self.half.shutdown().await.ok();
+    }
+}
+
+fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
+    // small heads and events must not wait for an acknowledgement; a refusal only costs latency
+    stream.set_nodelay(true).ok();
+    let fd = stream.as_raw_fd();
+    let (read, write) = stream.into_split();
+    (ReadHalf { half: read, fd }, WriteHalf { half: write })
+}
+
+/// Opens a connection to `address`.
+///
+/// # Errors
+/// The kernel's: refused, unreachable, no free port, no free descriptor.
+///
+/// # Cancellation
+/// The attempt is given up; nothing leaks.
+pub async fn connect(address: SocketAddr) -> io::Result<(ReadHalf, WriteHalf)> {
+    Ok(split(TcpStream::connect_addr(address).await?))
+}
+
+/// Binds one listener for each of `count` shards to the same port; port 0 takes a free one.
+///
+/// # Errors
+/// The kernel's, with the address in its text.
+pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
+    let mut address = address;
+    for _ in 0..count {
+        let listener = bind(address)
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))?;
+        address = listener.local_addr()?;
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A listener of a shard, served by its driver.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    fd: RawFd,
+}
+
+/// Hands a listener over to the calling shard's driver.
+///
+/// # Errors
+/// The driver cannot watch it: descriptors or memory are short.
+pub fn accept_from(listener: std::net::TcpListener) -> io::Result<Listener> {
+    let fd = listener.as_raw_fd();
+    Ok(Listener { listener: TcpListener::from_std(listener)?, fd })
+}
+
+impl Listener {
+    /// The next client.
+    ///
+    /// # Errors
+    /// `EMFILE` and the like, which pass; `EINVAL` after [`Listener::stop`].
+    ///
+    /// # Cancellation
+    /// A client may be lost; never drop this future but with the listener.
+    pub async fn accept(&self) -> io::Result<(ReadHalf, WriteHalf)> {
+        let (stream, _) = self.listener.accept().await?;
+        Ok(split(stream))
+    }
+
+    /// Lets no more clients in; a waiting [`Listener::accept`] ends with `EINVAL`.
+    pub fn stop(&self) {
+        // SAFETY: the descriptor lives as long as self.
+        unsafe { libc::shutdown(self.fd, libc::SHUT_RD) };
+    }
+}

@@ -1,0 +1,223 @@
+//! Time limits without a timer for each of them.
+//!
+//! An exchange passes through many phases, each with a limit, and nearly none is ever reached. So a limit is
+//! one store into a cell; a shard looks at all its cells ten times a second and wakes the tasks whose time is
+//! over. Limits are late by up to [`TICK_MS`], which none of them minds.
+
+use std::{
+    cell::{Cell, RefCell},
+    pin::{Pin, pin},
+    rc::{Rc, Weak},
+    task::{Poll, Waker},
+};
+
+use crate::base::{Clock, Millis};
+
+/// How often a shard looks at its limits, in milliseconds.
+pub const TICK_MS: u64 = 100;
+
+/// The time of a shard, read once per tick: exact to [`TICK_MS`], free to ask.
+#[derive(Debug)]
+pub struct ShardClock {
+    clock: Clock,
+    now: Cell<Millis>,
+}
+
+impl ShardClock {
+    /// Follows `clock`.
+    pub fn new(clock: Clock) -> Self {
+        Self { clock, now: Cell::new(clock.millis()) }
+    }
+
+    /// The time of the last tick.
+    pub fn now(&self) -> Millis {
+        self.now.get()
+    }
+
+    /// The exact clock.
+    pub fn exact(&self) -> Clock {
+        self.clock
+    }
+}
+
+/// The limit is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Elapsed;
+
+/// The limit of the phase that one task is in.
+#[derive(Debug)]
+pub struct Watch {
+    clock: Rc<ShardClock>,
+    /// `Millis::MAX` while there is no limit.
+    deadline: Cell<Millis>,
+    /// Whether draining ends the phase at once.
+    idle: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+    draining: Rc<Cell<bool>>,
+}
+
+impl Watch {
+    /// Runs `phase` for at most `millis` milliseconds; 0 is no limit.
+    ///
+    /// # Errors
+    /// [`Elapsed`] when the time is over; `phase` is dropped then.
+    ///
+    /// # Cancellation
+    /// As `phase`.
+    pub async fn limit<T>(&self, millis: u64, phase: impl Future<Output = T>) -> Result<T, Elapsed> {
+        let deadline = if millis == 0 { Millis::MAX } else { self.clock.now().saturating_add(millis) };
+        self.run(deadline, false, phase).await
+    }
+
+    /// As [`Watch::limit`], and draining ends the phase too: nobody waits for anything in it.
+    ///
+    /// # Errors
+    /// [`Elapsed`] when the time is over or the shard drains.
+    ///
+    /// # Cancellation
+    /// As `phase`.
+    pub async fn idle<T>(&self, millis: u64, phase: impl Future<Output = T>) -> Result<T, Elapsed> {
+        self.run(self.clock.now().saturating_add(millis), true, phase).await
+    }
+
+    async fn run<T>(
+        &self,
+        deadline: Millis,
+        idle: bool,
+        phase: impl Future<Output = T>,
+    ) -> Result<T, Elapsed> {
+        let mut phase = pin!(phase);
+        self.deadline.set(deadline);
+        self.idle.set(idle);
+        let result = std::future::poll_fn(|context| {
+            let phase: Pin<&mut _> = phase.as_mut();
+            if let Poll::Ready(value) = phase.poll(context) {
+                return Poll::Ready(Ok(value));
+            }
+            let mut waker = self.waker.borrow_mut();
+            if waker.as_ref().is_none_or(|known| !known.will_wake(context.waker())) {
+                *waker = Some(context.waker().clone());
+            }
+            if self.over() { Poll::Ready(Err(Elapsed)) } else { Poll::Pending }
+        })
+        .await;
+        self.deadline.set(Millis::MAX);
+        self.idle.set(false);
+        result
+    }
+
+    fn over(&self) -> bool {
+        self.clock.now() >= self.deadline.get() || self.idle.get() && self.draining.get()
+    }
+}
+
+/// All watches of a shard.
+#[derive(Debug)]
+pub struct Watches {
+    clock: Rc<ShardClock>,
+    draining: Rc<Cell<bool>>,
+    watches: RefCell<Vec<Weak<Watch>>>,
+}
+
+impl Watches {
+    /// None yet.
+    pub fn new(clock: Rc<ShardClock>) -> Self {
+        Self { clock, draining: Rc::default(), watches: RefCell::default() }
+    }
+
+    /// A watch for one task, forgotten when dropped.
+    pub fn watch(&self) -> Rc<Watch> {
+        let watch = Rc::new(Watch {
+            clock: self.clock.clone(),
+            deadline: Cell::new(Millis::MAX),
+            idle: Cell::new(false),
+            waker: RefCell::default(),
+            draining: self.draining.clone(),
+        });
+        self.watches.borrow_mut().push(Rc::downgrade(&watch));
+        watch
+    }
+
+    /// Whether the shard drains.
+    pub fn draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// From now on idle phases end; they are woken by the next tick.
+    pub fn drain(&self) {
+        self.draining.set(true);
+    }
+
+    /// Takes the time and wakes whose limit is over. To be called every [`TICK_MS`].
+    pub fn tick(&self) {
+        self.clock.now.set(self.clock.clock.millis());
+        self.watches.borrow_mut().retain(|watch| {
+            let Some(watch) = watch.upgrade() else { return false };
+            if watch.over() {
+                if let Some(waker) = watch.waker.borrow_mut().take() {
+                    waker.wake();
+                }
+            }
+            true
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{future::pending, task::Context};
+
+    fn poll<T>(task: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        task.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn watches() -> Watches {
+        Watches::new(Rc::new(ShardClock::new(Clock::start())))
+    }
+
+    #[test]
+    fn a_phase_ends_when_its_time_is_over_and_not_before() {
+        let watches = watches();
+        let watch = watches.watch();
+        let mut phase = pin!(watch.limit(50, pending::<()>()));
+        assert_eq!(poll(phase.as_mut()), Poll::Pending);
+        watches.clock.now.set(watches.clock.now() + 49);
+        assert_eq!(poll(phase.as_mut()), Poll::Pending);
+        watches.clock.now.set(watches.clock.now() + 1);
+        assert_eq!(poll(phase.as_mut()), Poll::Ready(Err(Elapsed)));
+    }
+
+    #[test]
+    fn no_limit_is_no_limit() {
+        let watches = watches();
+        let watch = watches.watch();
+        let mut phase = pin!(watch.limit(0, pending::<()>()));
+        watches.clock.now.set(Millis::MAX - 1);
+        assert_eq!(poll(phase.as_mut()), Poll::Pending);
+    }
+
+    #[test]
+    fn draining_ends_idle_phases_only() {
+        let watches = watches();
+        let (one, two) = (watches.watch(), watches.watch());
+        let mut idle = pin!(one.idle(1_000_000, pending::<()>()));
+        let mut busy = pin!(two.limit(1_000_000, pending::<()>()));
+        assert_eq!(poll(idle.as_mut()), Poll::Pending);
+        assert_eq!(poll(busy.as_mut()), Poll::Pending);
+        watches.drain();
+        assert_eq!(poll(idle.as_mut()), Poll::Ready(Err(Elapsed)));
+        assert_eq!(poll(busy.as_mut()), Poll::Pending);
+    }
+
+    #[test]
+    fn a_dropped_watch_is_forgotten() {
+        let watches = watches();
+        let watch = watches.watch();
+        watches.tick();
+        assert_eq!(watches.watches.borrow().len(), 1);
+        drop(watch);
+        watches.tick();
+        assert_eq!(watches.watches.borrow().len(), 0);
+    }
+}
