@@ -7,5 +7,6 @@ pub mod net;
 pub mod proxy;
 pub mod routing;
 pub mod shard;
+pub mod telemetry;
 pub mod upstream;
 pub mod workers;
