@@ -3,6 +3,7 @@
 pub mod base;
 pub mod config;
 pub mod control;
+pub mod http;
 pub mod net;
 pub mod proxy;
 pub mod routing;
