@@ -72,11 +72,33 @@ pub(super) async fn attempt(
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    let (attempted, reusable) = run(client, account, worker, &mut connection, body, framing).await;
-    if reusable {
-        cx.pool.put(worker, connection);
+    match run(client, account, worker, &mut connection, body, framing).await {
+        Ran::Over { attempted, reusable } => {
+            if reusable {
+                cx.pool.put(worker, connection);
+            }
+            attempted
+        }
+        Ran::Switched { head, buffer } => {
+            tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer).await;
+            account.complete();
+            Attempted::Answered(After::Close)
+        }
     }
-    attempted
+}
+
+/// What became of an attempt on its connection.
+enum Ran {
+    /// The exchange of messages is over; whether the connection may be used for another.
+    Over { attempted: Attempted, reusable: bool },
+    /// The worker switched protocols: its head for the client, and what it sent behind it.
+    Switched { head: Vec<u8>, buffer: Buffer },
+}
+
+impl Ran {
+    fn over(attempted: Attempted) -> Self {
+        Self::Over { attempted, reusable: false }
+    }
 }
 
 /// A connection to `worker`: one that has rested, or a new one.
@@ -95,7 +117,6 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
 }
 
 /// Sends the request and relays its answer; both at once, because a worker may answer before it has read all.
-/// Also tells whether the connection may be used again.
 async fn run(
     client: &mut Client<'_>,
     account: &Account<'_>,
@@ -103,7 +124,7 @@ async fn run(
     connection: &mut Connection,
     body: Body,
     framing: OutFraming,
-) -> (Attempted, bool) {
+) -> Ran {
     let Client { cx, inbox, request, outlet, head } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
@@ -119,9 +140,9 @@ async fn run(
         Ok(Ok(buffer)) => buffer,
         Ok(Err(failure)) => {
             outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
-            return (Attempted::Failed(failure, kept(sending).map(Body::Whole)), false);
+            return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
         }
-        Err(failure) => return (Attempted::Refused(failure), false),
+        Err(failure) => return Ran::over(Attempted::Refused(failure)),
     };
 
     // The answer has begun: nothing is tried again from here on, and the body is not needed any more.
@@ -130,25 +151,21 @@ async fn run(
     }
     account.answered(outlet.answer.status());
     let plan = Plan::of(outlet.answer.framing(), version);
-    let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
-    let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && body_sent;
+    let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
     let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra: &[] };
     outlet.answer.write_downstream(&mut answer_head, &downstream);
 
     if outlet.answer.status() == 101 {
-        sending.set(MaybeDone::Gone);
-        tunnel(cx, outlet, inbox, connection, &answer_head, buffer).await;
-        account.complete();
-        return (Attempted::Answered(After::Close), false);
+        return Ran::Switched { head: answer_head, buffer };
     }
     let relayed = alongside(sending.as_mut(), relay(outlet, reader, plan, &answer_head, buffer)).await;
     outlet.scratch = answer_head;
     let Ok((relayed, buffer)) = relayed else {
         // the client broke its own request off after the answer had begun
         account.broken();
-        return (Attempted::Answered(After::Close), false);
+        return Ran::over(Attempted::Answered(After::Close));
     };
     cx.buffers.recycle(buffer);
     match relayed {
@@ -156,13 +173,14 @@ async fn run(
             account.complete();
             let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
             let after = if keep_alive { After::KeepAlive } else { After::Linger };
-            (Attempted::Answered(after), clean && body_sent && outlet.answer.keep_alive())
+            let reusable = clean && body_sent && outlet.answer.keep_alive();
+            Ran::Over { attempted: Attempted::Answered(after), reusable }
         }
         Relayed::Broken => {
             account.broken();
-            (Attempted::Answered(After::Close), false)
+            Ran::over(Attempted::Answered(After::Close))
         }
-        Relayed::ClientGone => (Attempted::Answered(After::Close), false),
+        Relayed::ClientGone => Ran::over(Attempted::Answered(After::Close)),
     }
 }
 
@@ -250,7 +268,8 @@ async fn pass_interim(outlet: &mut Outlet<'_>, version: Version) -> Result<(), F
     }
     let mut head = std::mem::take(&mut outlet.scratch);
     head.clear();
-    let downstream = DownstreamHead { version, framing: OutFraming::AsReceived, keep_alive: true, extra: &[] };
+    let downstream =
+        DownstreamHead { version, framing: OutFraming::AsReceived, keep_alive: true, extra: &[] };
     outlet.answer.write_downstream(&mut head, &downstream);
     let sent = outlet.send(Buffer::from_slice(&head)).await;
     outlet.scratch = head;

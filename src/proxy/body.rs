@@ -57,7 +57,9 @@ impl Body {
     pub(super) fn len(&self) -> Option<u64> {
         match self {
             Self::Whole(buffer) => Some(buffer.len() as u64),
-            Self::Streaming(Streaming { first, rest: Rest::Length(left), .. }) => Some(first.len() as u64 + left),
+            Self::Streaming(Streaming { first, rest: Rest::Length(left), .. }) => {
+                Some(first.len() as u64 + left)
+            }
             Self::Streaming(_) => None,
         }
     }
@@ -72,6 +74,19 @@ impl Body {
 /// # Cancellation
 /// What was read is lost: the connection must be closed.
 pub(super) async fn read(
+    client: &mut Client<'_>,
+    buffer: Buffer,
+    whole: bool,
+    enough: impl FnMut(&[u8]) -> bool,
+) -> Result<Body, Failure> {
+    let body = read_framed(client, buffer, whole, enough).await?;
+    if matches!(body, Body::Whole(_)) {
+        client.inbox.watch();
+    }
+    Ok(body)
+}
+
+async fn read_framed(
     client: &mut Client<'_>,
     mut buffer: Buffer,
     whole: bool,
@@ -139,7 +154,10 @@ pub(super) async fn read(
                     return Ok(Body::Streaming(Streaming { first: buffer, rest, received }));
                 }
                 if buffer.spare() == 0 {
-                    buffer = grow(buffer, usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES));
+                    buffer = grow(
+                        buffer,
+                        usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES),
+                    );
                 }
                 buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
             }
@@ -213,7 +231,6 @@ pub(super) async fn send(
 ) -> Sent {
     match body {
         Body::Whole(buffer) => {
-            inbox.watch();
             let len = buffer.len();
             let (result, mut buffer) = write_with_head(writer, head, buffer).await;
             buffer.advance(buffer.len() - len);
@@ -226,7 +243,11 @@ pub(super) async fn send(
     }
 }
 
-async fn write_with_head(writer: &mut WriteHalf, head: &[u8], mut body: Buffer) -> (std::io::Result<()>, Buffer) {
+async fn write_with_head(
+    writer: &mut WriteHalf,
+    head: &[u8],
+    mut body: Buffer,
+) -> (std::io::Result<()>, Buffer) {
     if !body.prepend(head) {
         let (result, _) = writer.write_all(Buffer::from_slice(head)).await;
         if result.is_err() {

@@ -140,7 +140,10 @@ impl Client<'_> {
 
     /// Sends an answer of ours.
     pub(super) async fn answer(&mut self, answer: &Answer) -> After {
-        let keep_alive = !answer.close && self.request.keep_alive() && !self.cx.watches.draining();
+        let keep_alive = !answer.close
+            && self.inbox.request_read()
+            && self.request.keep_alive()
+            && !self.cx.watches.draining();
         let to_http10 = self.request.version() == Version::Http10;
         let mut bytes = std::mem::take(&mut self.outlet.scratch);
         bytes.clear();

@@ -21,7 +21,7 @@ pub(super) const HEADROOM: usize = 512;
 
 /// Size of the read that waits for a request: most requests of a chat come whole in it, and an idle
 /// connection holds no more.
-const SMALL_BYTES: usize = 4096;
+pub(super) const SMALL_BYTES: usize = 4096;
 
 /// Size of a read of a worker's answer or of a large upload.
 pub(super) const LARGE_BYTES: usize = 32 * 1024;
@@ -63,6 +63,8 @@ pub struct Context {
     pub(super) admin: Arc<Worker>,
     pub(super) fault: Option<fn(&str)>,
     pub(super) policy: RefCell<Box<dyn Policy>>,
+    /// Where candidates are kept for the length of a choice.
+    pub(super) positions: RefCell<Vec<usize>>,
     metrics: Arc<Metrics>,
     shard: usize,
     fleet: RefCell<arc_swap::Cache<FleetHandle, Arc<Fleet>>>,
@@ -85,6 +87,7 @@ impl Context {
             admin: parts.admin,
             fault: parts.fault,
             policy: RefCell::new((parts.policy)()),
+            positions: RefCell::default(),
             metrics: parts.metrics,
             shard: parts.shard,
             fleet: RefCell::new(arc_swap::Cache::new(parts.fleet)),

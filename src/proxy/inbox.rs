@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     net::{Buffer, ReadHalf},
-    proxy::context::Buffers,
+    proxy::context::{Buffers, HEADROOM, SMALL_BYTES},
 };
 
 /// Bytes that a client may send ahead of the request that is being answered. Beyond it they wait in the
@@ -34,7 +34,6 @@ enum Mode {
 }
 
 /// Received bytes, in order.
-#[derive(Debug)]
 pub(super) struct Inbox {
     queue: RefCell<VecDeque<Buffer>>,
     queued: Cell<usize>,
@@ -77,6 +76,11 @@ impl Inbox {
     /// The request has been read to its end: from now on only what comes unasked is taken.
     pub(super) fn watch(&self) {
         self.mode.set(Mode::Watch);
+    }
+
+    /// Whether the request has been read to its end.
+    pub(super) fn request_read(&self) -> bool {
+        self.mode.get() == Mode::Watch
     }
 
     /// Waits for the first bytes of something.
@@ -127,7 +131,9 @@ impl Inbox {
     pub(super) fn put_back(&self, bytes: &[u8]) {
         if !bytes.is_empty() {
             self.queued.set(self.queued.get() + bytes.len());
-            self.queue.borrow_mut().push_front(Buffer::from_slice(bytes));
+            let mut buffer = Buffer::new(HEADROOM, bytes.len().max(SMALL_BYTES));
+            buffer.append(bytes);
+            self.queue.borrow_mut().push_front(buffer);
         }
     }
 

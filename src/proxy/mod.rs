@@ -10,6 +10,7 @@ mod client;
 mod context;
 mod exchange;
 mod inbox;
+mod inspect;
 mod relay;
 mod respond;
 mod retry;

@@ -57,7 +57,9 @@ impl Plan {
             (ResponseFraming::Chunked, Version::Http10) => {
                 (Framer::Decoded(ChunkTracker::default()), OutFraming::UntilClose, true)
             }
-            (ResponseFraming::UntilClose, Version::Http11) => (Framer::Wrapped(false), OutFraming::Chunked, false),
+            (ResponseFraming::UntilClose, Version::Http11) => {
+                (Framer::Wrapped(false), OutFraming::Chunked, false)
+            }
             (ResponseFraming::UntilClose, Version::Http10) => (Framer::Raw, OutFraming::UntilClose, true),
         };
         Self { framer, framing, closes }

@@ -8,7 +8,7 @@ use crate::{
     http::RequestError,
     proxy::retry::Failure,
     telemetry::metrics::Refusal,
-    vllm::{self, Local},
+    vllm::{ErrorShape, Local, errors},
     workers::Fleet,
 };
 
@@ -36,8 +36,8 @@ impl Answer {
     }
 
     fn error(status: u16, message: &str) -> Self {
-        let kind = vllm::status_phrase(status);
-        Self::json(status, vllm::openai_error(message, kind, None, status))
+        let kind = errors::status_phrase(status);
+        Self::json(status, errors::openai(message, kind, None, status))
     }
 
     fn text(status: u16, text: &'static str) -> Self {
@@ -51,10 +51,17 @@ impl Answer {
     }
 
     /// Appends head and body, in uvicorn's order of fields. To a HEAD request no body is sent.
-    pub(super) fn write(&self, out: &mut Vec<u8>, date: &str, keep_alive: bool, to_http10: bool, to_head: bool) {
+    pub(super) fn write(
+        &self,
+        out: &mut Vec<u8>,
+        date: &str,
+        keep_alive: bool,
+        to_http10: bool,
+        to_head: bool,
+    ) {
         let mut push = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
         let status = self.status.to_string();
-        push(&["HTTP/1.1 ", &status, " ", vllm::status_phrase(self.status), "\r\ndate: ", date]);
+        push(&["HTTP/1.1 ", &status, " ", errors::status_phrase(self.status), "\r\ndate: ", date]);
         push(&["\r\nserver: vllm-proxy\r\n"]);
         if let Some(allow) = self.allow {
             push(&["allow: ", allow, "\r\n"]);
@@ -94,21 +101,20 @@ pub(super) fn local(what: Local, fleet: &Fleet) -> Option<Answer> {
 }
 
 /// vLLM's 404 for a model that it does not serve.
-pub(super) fn unknown_model(shape: vllm::ErrorShape, name: &str, fleet: &Fleet) -> Answer {
-    Answer::json(404, vllm::unknown_model(shape, name, fleet.valid_names()))
+pub(super) fn unknown_model(shape: ErrorShape, name: &str, fleet: &Fleet) -> Answer {
+    Answer::json(404, errors::unknown_model(shape, name, fleet.valid_names()))
 }
 
 /// The answer to a failure, and the reason that is counted; `None` when there is nobody to answer.
 pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
     Some(match failure {
         Failure::Request(error) => return Some(request(*error)),
-        Failure::RequestBody => (Answer::text(400, vllm::INVALID_REQUEST_TEXT), Refusal::Malformed),
+        Failure::RequestBody => (Answer::text(400, errors::INVALID_REQUEST_TEXT), Refusal::Malformed),
         Failure::BodyTooLarge { .. } => {
             (Answer::error(413, &failure.to_string()).closing(), Refusal::BodyTooLarge)
         }
         Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
         Failure::ClientGone => return None,
-        Failure::UnknownModel => (Answer::error(404, &failure.to_string()), Refusal::UnknownModel),
         Failure::NoWorker | Failure::Connect(_) | Failure::ConnectLate => {
             let mut answer = Answer::error(503, "No worker that serves this model can be reached.");
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
@@ -122,14 +128,14 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
 
 fn request(error: RequestError) -> (Answer, Refusal) {
     match error {
-        RequestError::Malformed => (Answer::text(400, vllm::INVALID_REQUEST_TEXT), Refusal::Malformed),
+        RequestError::Malformed => (Answer::text(400, errors::INVALID_REQUEST_TEXT), Refusal::Malformed),
         RequestError::Version => (Answer::text(505, "HTTP Version Not Supported"), Refusal::Malformed),
         RequestError::TargetTooLong => (Answer::text(414, "URI Too Long"), Refusal::HeadTooLarge),
         RequestError::HeadTooLarge | RequestError::TooManyFields => {
             (Answer::text(431, "Request Header Fields Too Large"), Refusal::HeadTooLarge)
         }
         RequestError::Method => {
-            let mut answer = Answer::json(405, vllm::detail("Method Not Allowed")).closing();
+            let mut answer = Answer::json(405, errors::detail("Method Not Allowed")).closing();
             answer.allow = Some("DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT");
             (answer, Refusal::UnknownPath)
         }

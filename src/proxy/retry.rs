@@ -33,10 +33,7 @@ pub(super) enum Failure {
     /// The client closed its connection.
     #[error("the client went away")]
     ClientGone,
-    /// No worker has the model.
-    #[error("no worker has the model")]
-    UnknownModel,
-    /// The request names no model, and several are served.
+    /// There is no worker to try.
     #[error("no worker is up")]
     NoWorker,
     /// The worker could not be connected to.
@@ -136,7 +133,9 @@ mod tests {
 
     #[test]
     fn what_the_client_caused_is_never_tried_again_and_condemns_nobody() {
-        for failure in [Failure::RequestBody, Failure::ClientGone, Failure::Late, Failure::UnknownModel] {
+        for failure in
+            [Failure::RequestBody, Failure::ClientGone, Failure::Late, Failure::BodyTooLarge { limit: 1 }]
+        {
             assert_eq!(failure.verdict(), Verdict::GiveUp);
             assert!(!failure.condemns() && !failure.is_transport());
         }
