@@ -1,5 +1,6 @@
 //! Many vLLM servers behind one address that behaves exactly like one vLLM.
 
+pub mod admin;
 pub mod base;
 pub mod config;
 pub mod control;
