@@ -7,4 +7,5 @@ pub mod net;
 pub mod proxy;
 pub mod shard;
 pub mod upstream;
+pub mod vllm;
 pub mod workers;
