@@ -9,4 +9,5 @@ pub mod proxy;
 pub mod shard;
 pub mod telemetry;
 pub mod upstream;
+pub mod vllm;
 pub mod workers;
