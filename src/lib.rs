@@ -1,6 +1,7 @@
 //! Many vLLM servers behind one address that behaves exactly like one vLLM.
 
 pub mod app;
+pub mod admin;
 pub mod base;
 pub mod config;
 pub mod control;
@@ -11,4 +12,5 @@ pub mod routing;
 pub mod shard;
 pub mod telemetry;
 pub mod upstream;
+pub mod vllm;
 pub mod workers;

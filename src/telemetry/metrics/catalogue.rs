@@ -228,7 +228,7 @@ fn requests(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {
     for (row, endpoint) in scrape.metrics.endpoints.iter().enumerate() {
         for class in StatusClass::ALL {
             let count = scrape.metrics.sum(|shard| shard.requests(row, *class));
-            let labels = [("method", endpoint.method), ("endpoint", endpoint.path), ("code", class.label())];
+            let labels = [("endpoint", *endpoint), ("code", class.label())];
             counter(metric, &labels, count)?;
         }
     }

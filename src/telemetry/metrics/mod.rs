@@ -24,17 +24,8 @@ pub use slot::{Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
 /// Content-Type of [`Metrics::encode`]'s text, as prometheus-client names it for its text format.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The labels of one endpoint: a method and a path template, both from vLLM's table and so bounded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EndpointLabel {
-    /// The method, `other` for what the table does not know.
-    pub method: &'static str,
-    /// The path template (`/v1/responses/{id}`), `other` for what the table does not know.
-    pub path: &'static str,
-}
-
 /// The label of whatever is in no table.
-const OTHER: EndpointLabel = EndpointLabel { method: "other", path: "other" };
+const OTHER: &str = "other";
 
 /// Counts that someone else keeps.
 type Reader = Box<dyn Fn() -> u64 + Send + Sync>;
@@ -44,7 +35,7 @@ pub struct Metrics {
     /// Indexed by shard.
     shards: Box<[ShardMetrics]>,
     /// Indexed like vLLM's table, and [`OTHER`] behind its last row.
-    endpoints: Vec<EndpointLabel>,
+    endpoints: Vec<&'static str>,
     backend: OnceLock<&'static str>,
     dropped_lines: OnceLock<Reader>,
 }
@@ -76,10 +67,10 @@ pub struct WorkerSample {
 }
 
 impl Metrics {
-    /// Slots for `shards` shards and the endpoints of vLLM's table, in the table's order. Requests to what the
-    /// table does not know are counted under the index `endpoints.len()`.
-    pub fn new(shards: usize, endpoints: impl IntoIterator<Item = EndpointLabel>) -> Self {
-        let mut endpoints: Vec<EndpointLabel> = endpoints.into_iter().collect();
+    /// Slots for `shards` shards and the labels of vLLM's table of endpoints, in the table's order. Requests to
+    /// what the table does not know are counted under the index behind its last one.
+    pub fn new(shards: usize, endpoints: impl IntoIterator<Item = &'static str>) -> Self {
+        let mut endpoints: Vec<&'static str> = endpoints.into_iter().collect();
         endpoints.push(OTHER);
         let shards = (0..shards).map(|_| ShardMetrics::new(endpoints.len())).collect();
         Self { shards, endpoints, backend: OnceLock::new(), dropped_lines: OnceLock::new() }
@@ -146,10 +137,8 @@ mod tests {
 
     use super::*;
 
-    const CHAT: EndpointLabel = EndpointLabel { method: "POST", path: "/v1/chat/completions" };
-
     fn metrics() -> Arc<Metrics> {
-        Arc::new(Metrics::new(2, [CHAT, EndpointLabel { method: "GET", path: "/health" }]))
+        Arc::new(Metrics::new(2, ["/v1/chat/completions", "/health"]))
     }
 
     fn sample(worker: &str) -> WorkerSample {
@@ -173,8 +162,7 @@ mod tests {
     fn every_series_exists_at_zero_from_the_start() {
         let text = metrics().encode(vec![]).unwrap();
         for class in StatusClass::ALL {
-            let labels =
-                format!("method=\"POST\",endpoint=\"/v1/chat/completions\",code=\"{}\"", class.label());
+            let labels = format!("endpoint=\"/v1/chat/completions\",code=\"{}\"", class.label());
             assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{labels}}}")), "0");
         }
         for reason in Retry::ALL {
@@ -210,7 +198,7 @@ mod tests {
         }
         metrics.shard(1).connection_closed();
         let text = metrics.encode(vec![]).unwrap();
-        let chat = "method=\"POST\",endpoint=\"/v1/chat/completions\",code=\"2xx\"";
+        let chat = "endpoint=\"/v1/chat/completions\",code=\"2xx\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat}}}")), "2");
         assert_eq!(value(&text, "vllm_proxy_requests_in_flight"), "2");
         assert_eq!(value(&text, "vllm_proxy_connections_open"), "1");
@@ -233,7 +221,7 @@ mod tests {
         metrics.shard(0).request_ended(2, 404, None);
         metrics.shard(0).request_ended(usize::MAX, 404, None);
         let text = metrics.encode(vec![]).unwrap();
-        let other = "method=\"other\",endpoint=\"other\",code=\"4xx\"";
+        let other = "endpoint=\"other\",code=\"4xx\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{other}}}")), "2");
         assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_count"), "0");
     }
@@ -243,7 +231,7 @@ mod tests {
         let metrics = metrics();
         metrics.shard(0).request_ended(0, 499, None);
         let text = metrics.encode(vec![]).unwrap();
-        let chat = "method=\"POST\",endpoint=\"/v1/chat/completions\"";
+        let chat = "endpoint=\"/v1/chat/completions\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"499\"}}")), "1");
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"4xx\"}}")), "0");
     }
