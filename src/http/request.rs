@@ -336,7 +336,8 @@ impl RequestHead {
 
     /// Appends the head as it goes to a worker: HTTP/1.1, the end-to-end fields in the client's order and
     /// case and with its duplicates, the framing as `head` says. A request that had no Host (HTTP/1.0) gets
-    /// an empty one (RFC 9112 §3.2), unless `head.extra` brings one.
+    /// an empty one (RFC 9112 §3.2), unless `head.extra` brings one. An upgrade goes along unless `head`
+    /// gives the request a body.
     pub fn write_upstream(&self, out: &mut Vec<u8>, head: &UpstreamHead<'_>) {
         let extra_bytes: usize = head.extra.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
         out.reserve(
@@ -357,6 +358,8 @@ impl RequestHead {
             (framing, _) => framing,
         };
         let mut framed = framing == OutFraming::AsReceived;
+        // A body would stand between the head and the other protocol.
+        let upgrades = self.upgrades && matches!(framing, OutFraming::AsReceived | OutFraming::Length(0));
         for field in self.fields.iter() {
             match field.kind {
                 Kind::EndToEnd | Kind::ContentType => push_field(out, field.name, field.value),
@@ -375,7 +378,7 @@ impl RequestHead {
                     framed = true;
                 }
                 Kind::Trailer if framing == OutFraming::Chunked => push_field(out, field.name, field.value),
-                Kind::Upgrade if self.upgrades => {
+                Kind::Upgrade if upgrades => {
                     push_field(out, b"Connection", b"Upgrade");
                     push_field(out, field.name, field.value);
                 }

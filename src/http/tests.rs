@@ -130,7 +130,7 @@ fn a_damaged_framing_field_is_never_cleaned() {
     let mut head = RequestHead::default();
     for field in ["Transfer-Encoding: chunked", "Content-Length: 5"] {
         let colon = field.find(':').unwrap();
-        for at in [0, 3, colon, colon + 1, colon + 2, colon + 4, field.len()] {
+        for at in [0, 3, colon, colon + 1, colon + 2, field.len() - 1, field.len()] {
             for &byte in &damage {
                 // A byte that belongs into or ends a name makes another, harmless name of it.
                 let renames =
