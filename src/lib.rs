@@ -6,5 +6,6 @@ pub mod control;
 pub mod net;
 pub mod proxy;
 pub mod shard;
+pub mod telemetry;
 pub mod upstream;
 pub mod workers;

@@ -2,4 +2,4 @@
 
 mod clock;
 
-pub use clock::{Clock, Millis};
+pub use clock::{Clock, Millis, unix_millis};
