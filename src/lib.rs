@@ -3,6 +3,7 @@
 pub mod base;
 pub mod config;
 pub mod control;
+pub mod healthcheck;
 pub mod net;
 pub mod proxy;
 pub mod shard;

@@ -7,6 +7,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 /// Verbosity and format of the logs, which go to stdout.
 #[derive(Debug, Clone, Default, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// How much is logged: 1 or Loud, Verbose, Debug, Info, Warning, 0 or Quiet or Error; in any case
     #[arg(long, env = "VLLM_PXY_VERBOSITY", default_value_t = Verbosity::Info, value_name = "LEVEL")]
