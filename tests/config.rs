@@ -168,6 +168,14 @@ fn an_empty_variable_is_not_set() {
 }
 
 #[test]
+fn what_kubernetes_puts_into_a_pod_is_no_port() {
+    // https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    let variables = [("VLLM_PROXY_PORT", "tcp://10.0.0.11:8000"), ("VLLM_PROXY_SERVICE_PORT", "8000")];
+    let (value, origin) = setting(&variables, &[], "port");
+    assert_eq!((value.as_str(), origin.as_str()), ("8000", "default"));
+}
+
+#[test]
 fn secrets_are_told_nowhere() {
     let key = "tops3cret";
     let (value, _) = setting(&[], &["--worker-api-key", key], "worker-api-key");

@@ -9,7 +9,7 @@ fn agrees(path: &str, expected: impl FnOnce(&str) -> String) {
     let found = fs::read_to_string(&path).unwrap_or_default();
     let expected = expected(&found);
     if env::var_os("UPDATE_GOLDEN").is_some_and(|value| value == "1") {
-        fs::write(&path, expected).unwrap();
+        fs::write(&path, expected).expect("it can be written");
         return;
     }
     let differs = found.lines().zip(expected.lines()).position(|(found, expected)| found != expected);
@@ -48,7 +48,7 @@ fn flags(command: Command) -> String {
     for arg in command.get_arguments() {
         let variable = arg.get_env().map_or(String::new(), |name| format!("`{}`", name.display()));
         let (meaning, default) = meaning_and_default(arg);
-        writeln!(out, "| {} | {variable} | {default} | {meaning} |", names(arg)).unwrap();
+        writeln!(out, "| {} | {variable} | {default} | {meaning} |", names(arg)).expect("a String takes it");
     }
     out
 }

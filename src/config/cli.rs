@@ -1,6 +1,6 @@
 //! The command line: what it asks for, and one line for whatever is wrong with it.
 
-use std::{env, error::Error as _, ffi::OsString, fmt};
+use std::{env, error::Error as _, ffi::{OsStr, OsString}, fmt};
 
 use clap::{
     Arg, ArgMatches, CommandFactory, FromArgMatches,
@@ -170,7 +170,7 @@ fn settled(
 fn readable_environment() -> Result<(), Refused> {
     let command = declared();
     let unreadable =
-        |name: &&std::ffi::OsStr| env::var_os(name).is_some_and(|value| value.to_str().is_none());
+        |name: &&OsStr| env::var_os(name).is_some_and(|value| value.to_str().is_none());
     match command.get_arguments().filter_map(Arg::get_env).find(unreadable) {
         Some(name) => Err(Refused(format!("{}: must be UTF-8", name.display()))),
         None => Ok(()),
@@ -180,14 +180,21 @@ fn readable_environment() -> Result<(), Refused> {
 /// Makes the command of its declaration; without an environment no variable is looked at.
 fn prepared(environment: Environment) -> clap::Command {
     let prepare = |arg: Arg| {
-        // A variable that a compose file passes on empty is not set.
-        let empty = arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
-        let arg = if empty || environment == Environment::Ignored { arg.env(Resettable::Reset) } else { arg };
+        let meant = environment == Environment::Read && arg.get_env().is_none_or(meant);
+        let arg = if meant { arg } else { arg.env(Resettable::Reset) };
         // So that `-1` is refused as a value, with what is allowed, and not as an unknown flag.
         let takes_values = arg.get_action().takes_values();
         arg.allow_negative_numbers(takes_values)
     };
     declared().mut_args(prepare).mut_subcommands(|command| command.mut_args(prepare))
+}
+
+/// Whether an operator set this variable: one that a compose file passes on empty is not set, and beside a
+/// Service of the name `vllm-proxy` Kubernetes puts its own `VLLM_PROXY_PORT=tcp://…` into every pod.
+fn meant(name: &OsStr) -> bool {
+    let value = env::var_os(name).unwrap_or_default();
+    let service_link = name == "VLLM_PROXY_PORT" && value.as_encoded_bytes().starts_with(b"tcp://");
+    !value.is_empty() && !service_link
 }
 
 /// The command as it is declared. What stands in the environment is shown nowhere: there are secrets in it,
