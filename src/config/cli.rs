@@ -1,6 +1,11 @@
 //! The command line: what it asks for, and one line for whatever is wrong with it.
 
-use std::{env, error::Error as _, ffi::{OsStr, OsString}, fmt};
+use std::{
+    env,
+    error::Error as _,
+    ffi::{OsStr, OsString},
+    fmt,
+};
 
 use clap::{
     Arg, ArgMatches, CommandFactory, FromArgMatches,
@@ -169,8 +174,7 @@ fn settled(
 /// clap does not say which variable it cannot read.
 fn readable_environment() -> Result<(), Refused> {
     let command = declared();
-    let unreadable =
-        |name: &&OsStr| env::var_os(name).is_some_and(|value| value.to_str().is_none());
+    let unreadable = |name: &&OsStr| env::var_os(name).is_some_and(|value| value.to_str().is_none());
     match command.get_arguments().filter_map(Arg::get_env).find(unreadable) {
         Some(name) => Err(Refused(format!("{}: must be UTF-8", name.display()))),
         None => Ok(()),
