@@ -24,7 +24,7 @@ pub use rules::Invalid;
     about = "Many vLLM servers behind one address that behaves like one vLLM"
 )]
 pub struct Config {
-    /// The vLLM servers, as http://host[:port][/prefix], separated by commas, on the command line also by
+    /// The vLLM servers, as `http://host[:port][/prefix]`, separated by commas, on the command line also by
     /// spaces; one that is named twice is one server
     #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL", value_parser = worker_url)]
     pub worker_urls: Vec<WorkerUrl>,
