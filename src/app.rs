@@ -11,15 +11,17 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
+    admin,
     base::Clock,
     config::Config,
     control,
     net::{self, Driver},
     proxy, shard,
     shard::Orders,
-    telemetry::metrics::{EndpointLabel, Metrics},
+    telemetry::{self, metrics::Metrics},
     vllm,
     workers::{FleetHandle, ModelSettings, Registry, Worker},
 };
@@ -70,20 +72,23 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     let admin_listener =
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen for the control thread")?;
 
-    let rows = vllm::endpoints::TABLE.iter().map(|row| EndpointLabel { path: row.label });
-    let metrics = Arc::new(Metrics::new(count, rows));
+    let metrics = Arc::new(Metrics::new(count, vllm::endpoints::TABLE.iter().map(|row| row.label)));
     metrics.set_io_backend(driver.backend());
+    metrics.set_dropped_lines(telemetry::log::dropped);
     let models =
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
     let registry = Registry::new(config.worker_urls.clone(), models);
     let fleet = registry.handle();
     let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
+    let limits = admin::Limits {
+        connect: Duration::from_secs(config.upstream.connect_timeout_secs),
+        body_bytes: usize::try_from(config.proxy.max_body_bytes).unwrap_or(usize::MAX),
+    };
     let control = control::start(control::Parts {
         settings: config.control.clone(),
         registry,
         aliases: config.static_aliases.clone(),
-        metrics: metrics.clone(),
-        admin: admin_listener,
+        service: admin::service(admin_listener, metrics.clone(), limits),
     })
     .context("cannot start the control thread")?;
     control.wait_ready();
@@ -165,10 +170,47 @@ impl Running {
                 Err(_) => result = Err(anyhow::anyhow!("a shard panicked")),
             }
         }
-        self.control.stop();
-        self.control.join();
-        result
+        match self.control.stop() {
+            Ok(()) => result,
+            Err(_) => Err(anyhow::anyhow!("the control thread panicked")),
+        }
     }
+}
+
+/// How often a running process looks whether a shard has ended that should not have.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Starts a proxy and serves until SIGTERM or SIGINT; then drains it. A second signal ends it at once.
+///
+/// # Errors
+/// As [`start`]; a shard that ended unasked; a second signal.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let signals = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _entered = signals.enter();
+    // caught from the first moment on, so that a signal during the start is not lost
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let running = start(config)?;
+    signals.block_on(async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = tokio::time::sleep(LOOK) => if running.shard_ended_within(Duration::ZERO) {
+                    bail!("a shard has ended; its connections are lost");
+                },
+            }
+        }
+        tracing::info!("draining: running exchanges are finished, no new ones are taken");
+        running.drain();
+        let (tell, mut ended) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new().name("drain".to_owned()).spawn(move || tell.send(running.wait()).ok())?;
+        tokio::select! {
+            _ = terminate.recv() => bail!("ended at once by a second signal"),
+            _ = interrupt.recv() => bail!("ended at once by a second signal"),
+            result = &mut ended => result.context("draining failed")?,
+        }
+    })
 }
 
 /// The control thread's endpoints as a worker: its id follows those of the real ones.

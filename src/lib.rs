@@ -1,10 +1,11 @@
 //! Many vLLM servers behind one address that behaves exactly like one vLLM.
 
-pub mod app;
 pub mod admin;
+pub mod app;
 pub mod base;
 pub mod config;
 pub mod control;
+pub mod healthcheck;
 pub mod http;
 pub mod net;
 pub mod proxy;

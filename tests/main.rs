@@ -1,8 +1,16 @@
 //! Everything that is tested from outside.
 
-// The vectors of llhttp, gunicorn and our own.
+/// Who may name whom in the sources.
+mod architecture;
+/// Flags and environment, on the real binary.
+mod config;
+/// The vectors of llhttp, gunicorn and our own.
 mod corpora;
-// Any split of the bytes parses alike.
+/// Logs that cannot be written, on the real binary.
+mod logging;
+/// Any split of the bytes parses alike.
 mod properties;
-// HTTP/1.1 a second time, naively.
+/// README and `--help` say what the code says.
+mod readme;
+/// HTTP/1.1 a second time, naively.
 mod reference;

@@ -1,3 +1,4 @@
-//! What the process tells of itself.
+//! What the process tells about itself.
 
+pub mod log;
 pub mod metrics;
