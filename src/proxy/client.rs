@@ -37,6 +37,8 @@ pub(super) struct Client<'a> {
     pub(super) inbox: &'a Inbox,
     pub(super) request: RequestHead,
     pub(super) outlet: Outlet<'a>,
+    /// Bytes of the request's head as it came.
+    pub(super) received_head: usize,
     /// The request's head as it goes to a worker.
     pub(super) head: Vec<u8>,
 }
@@ -89,7 +91,7 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
 async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf) {
     let (request, answer, scratch, head) = Default::default();
     let outlet = Outlet { cx, writer, watch: cx.watches.watch(), answer, scratch };
-    let mut client = Client { cx, inbox, request, outlet, head };
+    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
     loop {
         let after = match client.read_head().await {
             Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
@@ -117,6 +119,7 @@ impl Client<'_> {
         loop {
             if let Some(count) = self.request.parse(buffer.filled())? {
                 buffer.advance(count);
+                self.received_head = count;
                 return Ok(Some(buffer));
             }
             if buffer.spare() == 0 {
