@@ -4,6 +4,7 @@ pub mod admin;
 pub mod base;
 pub mod config;
 pub mod control;
+pub mod demo;
 pub mod net;
 pub mod proxy;
 pub mod shard;
