@@ -67,6 +67,7 @@ pub mod config;
 pub mod control;
 pub mod healthcheck;
 pub mod http;
+pub mod demo;
 pub mod net;
 pub mod proxy;
 pub mod routing;
