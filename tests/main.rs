@@ -13,3 +13,11 @@
 mod support; // the harness: mock workers, raw client, the proxy in this process
 
 mod compat; // HTTP/1.1 in both directions: framing, heads, upgrades, streams
+mod corpora; // vectors of llhttp, of gunicorn and of our own, whole and split at every byte
+mod disconnect; // clients that go away, clients and workers that do not read
+mod failover; // workers that die: retries, ejection, return
+mod models; // the way of a request by its model: lists, aliases, defaults, unknown names
+mod own_answers; // /v1/models, /health, /load, broadcasts, /metrics
+mod refused; // what never reaches a worker: 400, 408, 413, 414, 431
+mod routing; // least requests
+mod shutdown; // draining, signals

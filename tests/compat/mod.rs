@@ -7,3 +7,5 @@ mod illegal_answers;
 mod requests;
 mod streams;
 mod tunnel;
+
+pub(crate) use requests::noise;

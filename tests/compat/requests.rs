@@ -4,7 +4,7 @@
 use crate::support::{Worker, answer, client, eventually, proxy, script, variants, worker};
 
 /// Bytes of every value in no pattern that framing could hide behind; the same for the same `count`.
-pub(super) fn noise(count: usize) -> Vec<u8> {
+pub(crate) fn noise(count: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     (0..count)
         .map(|_| {

@@ -422,7 +422,7 @@ impl Builder {
 }
 
 /// A loopback address that no other worker, test process (by its id) or proxy uses.
-fn own_ip() -> IpAddr {
+pub(crate) fn own_ip() -> IpAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     let process = std::process::id();
