@@ -1,7 +1,8 @@
-//! Everything that is tested from outside: a client, the proxy and mock workers, on loopback.
+//! Everything that is tested from outside.
 //!
-//! Each test runs on io_uring and on epoll, with one shard and with two. `VLLM_PROXY_TEST_PATIENCE=4` makes
-//! every deadline four times as long; `VLLM_PROXY_CORPORA` names the folder of the vectors.
+//! The end-to-end tests put the proxy between a raw client and mock workers, on loopback, and run on io_uring
+//! and on epoll, with one shard and with two. `VLLM_PROXY_TEST_PATIENCE=4` makes every deadline four times as
+//! long; `VLLM_PROXY_CORPORA` names the folder of the vectors.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,14 +11,38 @@
     reason = "a test may stop at once, read the clock and say why it is skipped"
 )]
 
-mod support; // the harness: mock workers, raw client, the proxy in this process
+/// The harness: mock workers, a raw client, the proxy in this process.
+mod support;
 
-mod compat; // HTTP/1.1 in both directions: framing, heads, upgrades, streams
-mod corpora; // vectors of llhttp, of gunicorn and of our own, whole and split at every byte
-mod disconnect; // clients that go away, clients and workers that do not read
-mod failover; // workers that die: retries, ejection, return
-mod models; // the way of a request by its model: lists, aliases, defaults, unknown names
-mod own_answers; // /v1/models, /health, /load, broadcasts, /metrics
-mod refused; // what never reaches a worker: 400, 408, 413, 414, 431
-mod routing; // least requests
-mod shutdown; // draining, signals
+/// Who may name whom in the sources.
+mod architecture;
+/// HTTP/1.1 in both directions, end to end: framing, heads, connections, upgrades, streams.
+mod compat;
+/// Flags and environment, on the real binary.
+mod config;
+/// The vectors of llhttp, gunicorn and our own, through the parsers.
+mod corpora;
+/// Clients that go away; clients and workers that do not read.
+mod disconnect;
+/// Workers that die: retries, ejection, return.
+mod failover;
+/// Logs that cannot be written, on the real binary.
+mod logging;
+/// The way of a request by its model: lists, aliases, defaults, unknown names.
+mod models;
+/// What the proxy answers by itself: `/v1/models`, `/health`, `/load`, broadcasts, `/metrics`.
+mod own_answers;
+/// Any split of the bytes parses alike.
+mod properties;
+/// README and `--help` say what the code says.
+mod readme;
+/// HTTP/1.1 a second time, naively.
+mod reference;
+/// What never reaches a worker: 400, 408, 413, 414, 431.
+mod refused;
+/// Least requests.
+mod routing;
+/// Draining and signals.
+mod shutdown;
+/// The vectors of llhttp, gunicorn and our own, through the whole proxy.
+mod wire_vectors;

@@ -1,5 +1,9 @@
-//! What everything else may name: the clock.
+//! What everything else may name: the clock, the calendar, the limit of open files.
 
 mod clock;
+mod date;
+mod open_files;
 
-pub use clock::{Clock, Millis};
+pub use clock::{Clock, Millis, unix_millis};
+pub use date::Date;
+pub use open_files::raise_open_files;

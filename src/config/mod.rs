@@ -1,6 +1,20 @@
 //! Everything an operator can set: flags over environment over defaults, validated.
+//!
+//! A setting is declared once, as a field of its module's `Settings`: name, environment variable, default and
+//! help stand there, and what is allowed stands in one row of the `rules` of this module. [`command`] reads
+//! the command line and the environment; whatever is wrong is told in one line that names the setting as the
+//! operator wrote it. An environment variable that is set but empty counts as not set.
+//!
+//! It reads no files and changes nothing while the process runs.
 
-use crate::{control, proxy, routing, shard, upstream, workers::WorkerUrl};
+mod cli;
+mod rules;
+mod show;
+
+use crate::{control, proxy, routing, shard, telemetry::log, upstream, workers::WorkerUrl};
+
+pub use cli::{Command, Refused, command, definition};
+pub use rules::Invalid;
 
 /// All settings of the proxy.
 #[derive(Debug, Clone, clap::Parser)]
@@ -10,8 +24,9 @@ use crate::{control, proxy, routing, shard, upstream, workers::WorkerUrl};
     about = "Many vLLM servers behind one address that behaves like one vLLM"
 )]
 pub struct Config {
-    /// The vLLM servers, as http://host[:port][/prefix]; separated by spaces or commas
-    #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL")]
+    /// The vLLM servers, as `http://host[:port][/prefix]`, separated by commas, on the command line also by
+    /// spaces; one that is named twice is one server
+    #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL", value_parser = worker_url)]
     pub worker_urls: Vec<WorkerUrl>,
 
     /// Model names of our own, as alias:model; the model's name is what workers are sent
@@ -23,31 +38,43 @@ pub struct Config {
     pub default_model: Option<String>,
 
     /// Listener, threads and driver.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Listener and threads")]
     pub shards: shard::Settings,
 
     /// The choice of a worker.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Choosing a worker")]
     pub routing: routing::Settings,
 
     /// Limits of an exchange.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Clients and their requests")]
     pub proxy: proxy::Settings,
 
     /// Connections to workers.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Connections to workers")]
     pub upstream: upstream::Settings,
 
     /// Probes and learning.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Health and models of workers")]
     pub control: control::Settings,
+
+    /// Verbosity and format of the logs.
+    #[command(flatten, next_help_heading = "Logs")]
+    pub log: log::Settings,
+}
+
+fn worker_url(text: &str) -> Result<WorkerUrl, String> {
+    let text = text.trim();
+    if text.contains(char::is_whitespace) {
+        return Err("commas separate URLs, not spaces".to_owned());
+    }
+    text.parse().map_err(|error: crate::workers::UrlError| error.to_string())
 }
 
 fn alias(text: &str) -> Result<(String, String), String> {
-    match text.split_once(':') {
+    match text.trim().split_once(':') {
         Some((alias, model)) if !alias.is_empty() && !model.is_empty() => {
             Ok((alias.to_owned(), model.to_owned()))
         }
-        _ => Err(format!("`{text}` is not of the form alias:model")),
+        _ => Err("a colon separates alias and model".to_owned()),
     }
 }

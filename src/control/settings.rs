@@ -2,6 +2,7 @@
 
 /// Probes, model lists and names. Intervals in seconds; fractions are allowed.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// Seconds between two probes of a worker's `/health`
     #[arg(

@@ -36,6 +36,16 @@ impl IoChoice {
     }
 }
 
+impl fmt::Display for IoChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Uring => "uring",
+            Self::Epoll => "epoll",
+        })
+    }
+}
+
 /// What drives the sockets of this process; the same on every shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {

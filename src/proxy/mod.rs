@@ -1,5 +1,21 @@
-//! See `src/lib.rs`.
+//! Exchanges: a request of a client, the attempts to have it answered, and the answer.
+//!
+//! [`serve`] owns one client connection. `exchange` tells the way of one request from top to bottom; what it
+//! calls computes.
 
+mod account;
+mod attempt;
+mod body;
+mod client;
+mod context;
+mod exchange;
+mod inbox;
+mod inspect;
+mod relay;
+mod respond;
+mod retry;
 mod settings;
 
+pub use client::serve;
+pub use context::{Context, Parts};
 pub use settings::Settings;

@@ -2,6 +2,7 @@
 
 /// Limits of an exchange with a client. Times in whole units as the flag says.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// Largest request body; 413 beyond it
     #[arg(long, env = "VLLM_PROXY_MAX_BODY_BYTES", default_value_t = 512 * 1024 * 1024, value_name = "BYTES")]

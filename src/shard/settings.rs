@@ -6,6 +6,7 @@ use crate::net::IoChoice;
 
 /// Listener, threads and driver.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// Address to listen on
     #[arg(long, env = "VLLM_PROXY_HOST", default_value = "0.0.0.0", value_name = "ADDRESS")]
@@ -20,7 +21,7 @@ pub struct Settings {
     pub threads: Option<NonZeroUsize>,
 
     /// Leave it to the kernel on which core a shard runs
-    #[arg(long, env = "VLLM_PROXY_NO_PIN", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long, env = "VLLM_PROXY_NO_PIN", value_parser = clap::builder::BoolishValueParser::new())]
     pub no_pin: bool,
 
     /// How sockets are driven: `auto` takes io_uring where the kernel grants it, else epoll

@@ -1,5 +1,7 @@
-//! See `src/lib.rs`.
+//! Connections to workers: opened on demand, kept for a while, never shared between shards.
 
+mod pool;
 mod settings;
 
+pub use pool::{Connection, Pool};
 pub use settings::Settings;

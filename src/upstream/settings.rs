@@ -2,6 +2,7 @@
 
 /// Connecting and pooling.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// Seconds that connecting to a worker may take
     #[arg(long, env = "VLLM_PROXY_CONNECT_TIMEOUT_SECS", default_value_t = 5, value_name = "SECONDS")]

@@ -110,7 +110,8 @@ impl Fleet {
         let name = name.filter(|name| !name.is_empty());
         let Some(name) = name else {
             return match self.default_model {
-                Some(at) => self.model(at, None),
+                // an adapter is nobody's default, so it must be named to the worker
+                Some(at) => self.model(at, (!self.models[at].base).then_some(&*self.models[at].name)),
                 None if self.models.is_empty() => self.any(),
                 None => Resolved::Unknown,
             };

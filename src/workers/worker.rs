@@ -84,8 +84,8 @@ impl Worker {
     }
 
     /// The addresses to connect to.
-    pub fn addresses(&self) -> Arc<Addresses> {
-        self.addresses.load_full()
+    pub fn addresses(&self) -> arc_swap::Guard<Arc<Addresses>> {
+        self.addresses.load()
     }
 
     /// Takes over what the resolver said; an empty answer changes nothing (`faults.md` U24). True if the set

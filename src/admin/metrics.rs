@@ -1,0 +1,48 @@
+//! `GET /metrics`: the process's own metrics.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use axum::{
+    Router,
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+
+use crate::admin::{Admin, Definition, respond};
+use crate::telemetry::metrics::{CONTENT_TYPE, WorkerSample};
+use crate::workers::Worker;
+
+/// The row of this endpoint.
+pub(super) const DEFINITION: Definition = Definition {
+    name: "metrics",
+    summary: "GET /metrics: the proxy's own metrics",
+    // vLLM mounts an application there, so that every path below it answers alike.
+    build: |router: Router<Arc<Admin>>| {
+        router
+            .route("/metrics", get(metrics))
+            .route("/metrics/", get(metrics))
+            .route("/metrics/{*path}", get(metrics))
+    },
+};
+
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    let samples = admin.control.fleet().load().workers.iter().map(|worker| sample(worker)).collect();
+    match admin.metrics.encode(samples) {
+        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
+        Err(_) => respond::internal("the metrics could not be written"),
+    }
+}
+
+fn sample(worker: &Worker) -> WorkerSample {
+    let counters = worker.counters();
+    WorkerSample {
+        worker: worker.url().as_str().to_owned(),
+        healthy: worker.usable(),
+        in_flight: worker.in_flight(),
+        attempts: counters.attempts.load(Ordering::Relaxed),
+        transport_errors: counters.transport_errors.load(Ordering::Relaxed),
+        connects: counters.connects.load(Ordering::Relaxed),
+    }
+}

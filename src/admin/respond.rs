@@ -1,0 +1,83 @@
+//! The answers that admin endpoints make themselves, in vLLM's shapes (`faults.md` §1).
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::Response,
+};
+use serde_json::json;
+
+use crate::control::AttemptError;
+
+/// A path that is no endpoint here.
+pub(super) fn not_found() -> Response {
+    json(StatusCode::NOT_FOUND, json!({"detail": "Not Found"}).to_string().into_bytes())
+}
+
+/// A method that the path does not have; axum adds `allow`.
+pub(super) fn method_not_allowed() -> Response {
+    json(StatusCode::METHOD_NOT_ALLOWED, json!({"detail": "Method Not Allowed"}).to_string().into_bytes())
+}
+
+/// The request's body is over the limit.
+pub(super) fn too_large(limit: usize) -> Response {
+    failure(StatusCode::PAYLOAD_TOO_LARGE, &format!("The request body is larger than {limit} bytes."))
+}
+
+/// The request's body broke off. Hardly anybody is there to read it.
+pub(super) fn broken_request() -> Response {
+    failure(StatusCode::BAD_REQUEST, "The request body is not complete.")
+}
+
+/// No worker is configured, or none can be connected to.
+pub(super) fn no_worker() -> Response {
+    let mut response =
+        failure(StatusCode::SERVICE_UNAVAILABLE, "No worker can be reached. Please try again later.");
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+/// A fault of ours.
+pub(super) fn internal(message: &str) -> Response {
+    failure(StatusCode::INTERNAL_SERVER_ERROR, message)
+}
+
+/// An attempt that brought no answer.
+pub(super) fn attempt(error: &AttemptError) -> Response {
+    let (status, body) = attempt_body(error);
+    json(status, body)
+}
+
+/// Status and body for an attempt that brought no answer. Which worker it was stays in the log.
+pub(super) fn attempt_body(error: &AttemptError) -> (StatusCode, Vec<u8>) {
+    let (status, message) = match error {
+        AttemptError::Late => (StatusCode::GATEWAY_TIMEOUT, "A worker did not answer in time."),
+        AttemptError::Unresolved | AttemptError::Connect(_) => {
+            (StatusCode::BAD_GATEWAY, "A worker cannot be reached.")
+        }
+        AttemptError::Transport(_)
+        | AttemptError::Body(_)
+        | AttemptError::TooLarge(_)
+        | AttemptError::Target => (StatusCode::BAD_GATEWAY, "A worker's answer cannot be used."),
+    };
+    (status, body(status, message))
+}
+
+/// `{"error":{…}}` as vLLM words plain HTTP errors: the status' phrase is the type.
+fn failure(status: StatusCode, message: &str) -> Response {
+    json(status, body(status, message))
+}
+
+fn body(status: StatusCode, message: &str) -> Vec<u8> {
+    let kind = status.canonical_reason().unwrap_or("Error");
+    json!({"error": {"message": message, "type": kind, "param": null, "code": status.as_u16()}})
+        .to_string()
+        .into_bytes()
+}
+
+fn json(status: StatusCode, body: Vec<u8>) -> Response {
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

@@ -1,0 +1,338 @@
+//! The admin endpoints over a real control thread, against workers on loopback.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    sync::atomic::Ordering,
+};
+
+use super::*;
+use crate::control::{
+    Handle, Parts, Settings,
+    fake::{Asked, Fake, eventually, json, list},
+};
+use crate::workers::{FleetHandle, Health, ModelSettings, Registry};
+use axum::body::Bytes;
+use axum::http::{StatusCode, header};
+
+const STORED: &str = r#"{"id":"resp_1","status":"completed"}"#;
+const MISSING: &str = r#"{"error":{"message":"Response with id 'resp_1' not found.","type":"invalid_request_error","param":"response_id","code":404}}"#;
+
+struct Running {
+    admin: SocketAddr,
+    fleet: FleetHandle,
+    handle: Option<Handle>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(handle) = self.handle.take()
+            && let Err(panic) = handle.stop()
+            && !std::thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// An answer as it came over the wire, its body joined from its chunks.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Running {
+    fn start(workers: &[&Fake]) -> Self {
+        Self::with(workers, ModelSettings::default(), 1 << 20)
+    }
+
+    fn with(workers: &[&Fake], models: ModelSettings, body_bytes: usize) -> Self {
+        let settings = Settings {
+            health_check_interval_secs: 3600.0,
+            health_check_timeout_secs: 2.0,
+            model_refresh_secs: 3600.0,
+            dns_refresh_secs: 3600.0,
+            worker_api_key: None,
+        };
+        let registry = Registry::new(workers.iter().map(|worker| worker.url()), models);
+        let fleet = registry.handle();
+        let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
+        let admin = listener.local_addr().unwrap();
+        let metrics = Arc::new(Metrics::new(1, ["/v1/chat/completions"]));
+        let limits = Limits { connect: Duration::from_secs(2), body_bytes };
+        let service = service(listener, metrics, limits);
+        let handle = control::start(Parts { settings, registry, aliases: vec![], service }).unwrap();
+        handle.wait_ready();
+        Self { admin, fleet, handle: Some(handle) }
+    }
+
+    /// Sends a request and leaves the answer to be read.
+    fn send(&self, line: &str, fields: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(self.admin).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let length = body.len();
+        let head = format!("{line} HTTP/1.1\r\nhost: p\r\n{fields}content-length: {length}\r\n");
+        stream.write_all(format!("{head}connection: close\r\n\r\n{body}").as_bytes()).unwrap();
+        stream
+    }
+
+    fn ask(&self, line: &str, fields: &str, body: &str) -> Answer {
+        let mut text = String::new();
+        self.send(line, fields, body).read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        let status = head[9..12].parse().unwrap();
+        let chunked = head.contains("transfer-encoding: chunked");
+        let body = if chunked { joined(body) } else { body.to_owned() };
+        Answer { status, head: head.to_owned(), body }
+    }
+
+    fn get(&self, target: &str) -> Answer {
+        self.ask(&format!("GET {target}"), "", "")
+    }
+
+    fn set_down(&self, position: usize) {
+        self.fleet.load().workers[position].set_health(Health::Down);
+    }
+}
+
+fn joined(mut chunks: &str) -> String {
+    let mut body = String::new();
+    while let Some((size, rest)) = chunks.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap();
+        body.push_str(&rest[..size]);
+        chunks = &rest[size + 2..];
+    }
+    body
+}
+
+/// A worker that holds the response `resp_1`.
+fn holder() -> Fake {
+    Fake::scripted(|asked| match &asked.line[..] {
+        "GET /v1/responses/resp_1" => Some(json(200, STORED)),
+        "GET /v1/responses/resp_1?stream=true" => Some(json(200, "data: {}\n\n")),
+        "POST /v1/responses/resp_1/cancel" => Some(json(200, r#"{"status":"cancelled"}"#)),
+        "POST /v1/responses" => Some(json(200, asked.body.clone())),
+        _ => None,
+    })
+}
+
+/// A worker that has no stored response.
+fn stranger() -> Fake {
+    Fake::scripted(|asked| match &asked.line[..] {
+        line if line.starts_with("GET /v1/responses/") => Some(json(404, MISSING)),
+        "POST /v1/responses" => Some(json(404, MISSING)),
+        _ => None,
+    })
+}
+
+/// A worker that answers one request so.
+fn saying(line: &'static str, status: u16, body: &'static str) -> Fake {
+    Fake::scripted(move |asked| (asked.line == line).then(|| json(status, body)))
+}
+
+#[test]
+fn metrics_are_told_in_the_format_that_their_content_type_says() {
+    let worker = Fake::start();
+    let running = Running::start(&[&worker]);
+    for path in ["/metrics", "/metrics/", "/metrics/x"] {
+        let answer = running.get(path);
+        assert_eq!(answer.status, 200, "{path}");
+        assert!(
+            answer.head.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8")
+        );
+        let health = format!("vllm_proxy_worker_health{{worker=\"{}\"}} 1", worker.url());
+        assert!(answer.body.contains(&health), "{}", answer.body);
+    }
+}
+
+#[test]
+fn load_is_the_sum_over_those_who_answer() {
+    let workers = [3, 4, 100].map(|load| {
+        Fake::scripted(move |asked| {
+            (asked.line == "GET /load").then(|| json(200, format!("{{\"server_load\":{load}}}")))
+        })
+    });
+    let running = Running::start(&workers.each_ref());
+    running.set_down(2);
+    let answer = running.get("/load");
+    assert_eq!((answer.status, &answer.body[..]), (200, r#"{"server_load":7}"#));
+    assert!(answer.head.contains("content-type: application/json"));
+}
+
+#[test]
+fn a_broadcast_reaches_every_worker_with_query_body_and_key() {
+    let workers = [0, 1].map(|_| saying("POST /sleep?level=1", 200, r#"{"status":"sleeping","level":1}"#));
+    let running = Running::start(&workers.each_ref());
+    let fields = "authorization: Bearer k\r\ncontent-type: application/json\r\n";
+    let answer = running.ask("POST /sleep?level=1", fields, r#"{"tags":null}"#);
+    assert_eq!((answer.status, &answer.body[..]), (200, r#"{"status":"sleeping","level":1}"#));
+    let want = Asked {
+        line: "POST /sleep?level=1".to_owned(),
+        key: Some("Bearer k".to_owned()),
+        body: Bytes::from_static(br#"{"tags":null}"#),
+    };
+    for worker in &workers {
+        assert_eq!(worker.asked().iter().filter(|asked| **asked == want).count(), 1);
+    }
+}
+
+#[test]
+fn a_broadcast_that_names_a_model_goes_to_its_workers_only() {
+    let workers = [0, 1].map(|_| saying("POST /reset_prefix_cache", 200, r#"{"success":true}"#));
+    workers[1].set_models(200, list(&["n"]));
+    let running = Running::start(&workers.each_ref());
+    running.ask("POST /reset_prefix_cache", "", r#"{"model":"n"}"#);
+    assert_eq!([0, 1].map(|at| workers[at].count("POST /reset_prefix_cache")), [0, 1]);
+    running.ask("POST /reset_prefix_cache", "", "");
+    assert_eq!([0, 1].map(|at| workers[at].count("POST /reset_prefix_cache")), [1, 2]);
+}
+
+#[test]
+fn a_change_that_one_worker_refuses_is_no_success() {
+    let good = saying("POST /sleep", 200, r#"{"status":"sleeping","level":1}"#);
+    let bad = saying("POST /sleep", 500, r#"{"error":"no"}"#);
+    let running = Running::start(&[&good, &bad]);
+    assert_ne!(running.ask("POST /sleep", "", "").status, 200);
+}
+
+#[test]
+fn an_adapter_is_known_as_soon_as_its_loading_is_answered() {
+    let worker =
+        saying("POST /v1/load_lora_adapter", 200, "Success: LoRA adapter 'lora-z' added successfully.");
+    let running = Running::start(&[&worker]);
+    worker.set_models(200, list(&["m", "lora-z"]));
+    let answer = running.ask("POST /v1/load_lora_adapter", "", r#"{"lora_name":"lora-z","lora_path":"/z"}"#);
+    assert_eq!(answer.status, 200);
+    assert!(running.fleet.load().models().iter().any(|model| model.name == "lora-z"));
+}
+
+#[test]
+fn a_stored_response_is_found_on_its_worker() {
+    let (holder, stranger) = (holder(), stranger());
+    let running = Running::start(&[&stranger, &holder]);
+    for (target, body) in
+        [("/v1/responses/resp_1", STORED), ("/v1/responses/resp_1?stream=true", "data: {}\n\n")]
+    {
+        let answer = running.get(target);
+        assert_eq!((answer.status, &answer.body[..]), (200, body), "{target}");
+    }
+    eventually("nothing is in flight", || running.fleet.load().workers.iter().all(|w| w.in_flight() == 0));
+}
+
+#[test]
+fn a_response_that_nobody_has_is_missing_in_the_workers_own_words() {
+    let strangers = [stranger(), stranger()];
+    let running = Running::start(&strangers.each_ref());
+    for line in ["GET /v1/responses/resp_1", "POST /v1/responses/resp_1/cancel"] {
+        let answer = running.ask(line, "", "");
+        assert_eq!((answer.status, &answer.body[..]), (404, MISSING), "{line}");
+    }
+    assert!(strangers.iter().all(|worker| worker.count("POST /v1/responses/resp_1/cancel") == 0));
+}
+
+#[test]
+fn a_cancel_reaches_the_holder_only() {
+    let (holder, stranger) = (holder(), stranger());
+    let running = Running::start(&[&stranger, &holder]);
+    let answer = running.ask("POST /v1/responses/resp_1/cancel", "", "");
+    assert_eq!((answer.status, &answer.body[..]), (200, r#"{"status":"cancelled"}"#));
+    assert_eq!(stranger.count("POST /v1/responses/resp_1/cancel"), 0);
+}
+
+#[test]
+fn a_response_that_continues_another_goes_to_its_holder() {
+    let (holder, stranger) = (holder(), stranger());
+    let running = Running::start(&[&stranger, &holder]);
+    let body = r#"{"model":"m","previous_response_id":"resp_1","input":"x"}"#;
+    let answer = running.ask("POST /v1/responses", "content-type: application/json\r\n", body);
+    assert_eq!((answer.status, &answer.body[..]), (200, body));
+    assert_eq!(stranger.count("POST /v1/responses"), 0);
+}
+
+#[test]
+fn an_alias_is_renamed_on_the_way_to_the_holder() {
+    let (holder, stranger) = (holder(), stranger());
+    let models = ModelSettings { aliases: vec![("gpt-4".to_owned(), "m".to_owned())], default_model: None };
+    let running = Running::with(&[&stranger, &holder], models, 1 << 20);
+    let body = r#"{"model": "gpt-4","previous_response_id":"resp_1"}"#;
+    let answer = running.ask("POST /v1/responses", "", body);
+    assert_eq!(answer.body, r#"{"model": "m","previous_response_id":"resp_1"}"#);
+}
+
+#[test]
+fn what_continues_nothing_that_is_known_is_answered_by_a_worker() {
+    let strangers = [stranger(), stranger()];
+    let running = Running::start(&strangers.each_ref());
+    let answer = running.ask("POST /v1/responses", "", r#"{"model":"m","previous_response_id":"resp_9"}"#);
+    assert_eq!((answer.status, &answer.body[..]), (404, MISSING));
+    assert_eq!(strangers.iter().map(|worker| worker.count("POST /v1/responses")).sum::<usize>(), 1);
+}
+
+#[test]
+fn a_client_that_goes_away_takes_its_question_along() {
+    let silent = Fake::scripted(|asked| {
+        asked.line.starts_with("GET /v1/responses/").then(|| json(StatusCode::IM_A_TEAPOT.as_u16(), ""))
+    });
+    let running = Running::start(&[&silent]);
+    let client = running.send("GET /v1/responses/resp_1", "", "");
+    eventually("the worker is asked", || silent.settings.hanging.load(Ordering::SeqCst) == 1);
+    drop(client);
+    eventually("the question is dropped", || silent.settings.hanging.load(Ordering::SeqCst) == 0);
+    assert_eq!(running.fleet.load().workers[0].in_flight(), 0);
+}
+
+#[test]
+fn no_worker_at_all_is_a_503_in_vllms_shape() {
+    let running = Running::start(&[]);
+    for line in ["GET /load", "POST /sleep", "GET /v1/responses/resp_1", "POST /v1/responses"] {
+        let answer = running.ask(line, "", "");
+        assert_eq!(answer.status, 503, "{line}");
+        assert!(answer.head.contains("retry-after: 1"));
+        assert!(answer.body.contains(r#""type":"Service Unavailable","param":null,"code":503"#));
+    }
+}
+
+#[test]
+fn a_worker_that_refuses_is_marked_down_and_told_as_a_bad_gateway() {
+    let worker = Fake::start();
+    let running = Running::start(&[&worker]);
+    drop(worker);
+    assert_eq!(running.get("/load").status, 502);
+    assert_eq!(running.fleet.load().workers[0].health(), Health::Down);
+}
+
+#[test]
+fn a_body_over_the_limit_is_refused() {
+    let worker = Fake::start();
+    let running = Running::with(&[&worker], ModelSettings::default(), 10);
+    for line in ["POST /sleep", "POST /v1/responses"] {
+        let answer = running.ask(line, "", "12345678901");
+        assert_eq!(answer.status, 413, "{line}");
+    }
+}
+
+#[test]
+fn an_unknown_path_or_method_is_answered_as_vllm_does() {
+    let running = Running::start(&[]);
+    let answer = running.get("/nope");
+    assert_eq!((answer.status, &answer.body[..]), (404, r#"{"detail":"Not Found"}"#));
+    let answer = running.get("/sleep");
+    assert_eq!((answer.status, &answer.body[..]), (405, r#"{"detail":"Method Not Allowed"}"#));
+    assert!(answer.head.contains("allow: POST"), "{}", answer.head);
+}
+
+#[test]
+fn names_of_fields_keep_their_case_on_the_way_back() {
+    let worker = Fake::scripted(|asked| {
+        asked.line.starts_with("GET /v1/responses/").then(|| {
+            let mut response = json(200, STORED);
+            response.headers_mut().insert(header::SERVER, "uvicorn".parse().unwrap());
+            response
+        })
+    });
+    let running = Running::start(&[&worker]);
+    let answer = running.get("/v1/responses/resp_1");
+    assert!(answer.head.contains("server: uvicorn\r\n") && answer.head.contains("content-length: 36"));
+}

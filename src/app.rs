@@ -1,0 +1,321 @@
+//! The composition root: the one file that knows every part, starts every thread and says who talks to whom.
+//!
+//! Sockets are bound early and served late: the port is known (and taken) before the fleet is, and nothing is
+//! accepted before the first round of probes has ended.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    admin,
+    base::Clock,
+    config::Config,
+    control,
+    net::{self, Driver},
+    proxy, shard,
+    shard::Orders,
+    telemetry::{self, metrics::Metrics},
+    vllm,
+    workers::{FleetHandle, ModelSettings, Registry, Worker},
+};
+
+/// A proxy that runs. Dropping it does not stop it: [`Running::drain`], then [`Running::wait`].
+#[derive(Debug)]
+pub struct Running {
+    address: SocketAddr,
+    driver: Driver,
+    fleet: FleetHandle,
+    orders: Arc<Orders>,
+    shards: Vec<JoinHandle<anyhow::Result<()>>>,
+    control: control::Handle,
+    grace: Duration,
+    /// A shard has ended.
+    ended: mpsc::Receiver<()>,
+}
+
+/// Faults that tests put into a proxy.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Faults {
+    /// Called on a shard with the target of every request.
+    pub on_request: Option<fn(&str)>,
+}
+
+/// Starts a proxy; returns when it accepts connections.
+///
+/// # Errors
+/// The address is taken, io_uring was demanded and is refused, or a thread cannot be started.
+pub fn start(config: Config) -> anyhow::Result<Running> {
+    start_with(config, Faults::default())
+}
+
+/// As [`start`], with faults.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let allowed = cores.len().max(1);
+    let count = config.shards.threads.map_or(allowed.min(shard::DEFAULT_MOST), usize::from);
+
+    // the driver first, then the sockets: a refused ring must not cost a client its connection
+    let (starting, driver) = raise_shards(&config.shards, count, &cores)?;
+    let address = SocketAddr::new(config.shards.host, config.shards.port);
+    let listeners = net::listen(address, count)?;
+    let address = listeners.first().context("no listener")?.local_addr()?;
+    let admin_listener =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen for the control thread")?;
+
+    let metrics = Arc::new(Metrics::new(count, vllm::endpoints::TABLE.iter().map(|row| row.label)));
+    metrics.set_io_backend(driver.backend());
+    metrics.set_dropped_lines(telemetry::log::dropped);
+    let models =
+        ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
+    let registry = Registry::new(config.worker_urls.clone(), models);
+    let fleet = registry.handle();
+    let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
+    let limits = admin::Limits {
+        connect: Duration::from_secs(config.upstream.connect_timeout_secs),
+        body_bytes: usize::try_from(config.proxy.max_body_bytes).unwrap_or(usize::MAX),
+    };
+    let control = control::start(control::Parts {
+        settings: config.control.clone(),
+        registry,
+        aliases: config.static_aliases.clone(),
+        service: admin::service(admin_listener, metrics.clone(), limits),
+    })
+    .context("cannot start the control thread")?;
+    control.wait_ready();
+
+    let orders = Arc::new(Orders::default());
+    let clock = Clock::start();
+    let (end, ended) = mpsc::channel();
+    let mut shards = Vec::with_capacity(count);
+    for (index, (starting, listener)) in starting.into_iter().zip(listeners).enumerate() {
+        let parts = proxy::Parts {
+            settings: config.proxy.clone(),
+            upstream: config.upstream.clone(),
+            clock,
+            fleet: fleet.clone(),
+            admin: admin.clone(),
+            metrics: metrics.clone(),
+            shard: index,
+            policy: config.routing.policy.0.build,
+            fault: faults.on_request,
+        };
+        let order = Start { listener, parts, orders: orders.clone(), ended: end.clone() };
+        starting.go.send(Order::Start(Box::new(order))).ok().context("a shard ended before it began")?;
+        shards.push(starting.thread);
+    }
+    tracing::info!(%address, io = %driver, shards = count, workers = fleet.load().workers.len(), "listening");
+    let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
+    Ok(Running { address, driver, fleet, orders, shards, control, grace, ended })
+}
+
+impl Running {
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What drives its sockets.
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// What it knows of its workers.
+    pub fn fleet(&self) -> &FleetHandle {
+        &self.fleet
+    }
+
+    /// Takes no new connection from now on and lets running exchanges end.
+    pub fn drain(&self) {
+        self.orders.drain();
+    }
+
+    /// Waits at most `patience` for a shard to end; true if one has, which it does only after
+    /// [`Running::drain`] or when it is broken.
+    pub fn shard_ended_within(&self, patience: Duration) -> bool {
+        !matches!(self.ended.recv_timeout(patience), Err(mpsc::RecvTimeoutError::Timeout))
+    }
+
+    /// Waits until every thread has ended. After [`Running::drain`] that is when the last exchange has, or
+    /// when `--shutdown-grace-secs` are over.
+    ///
+    /// # Errors
+    /// A shard failed or panicked.
+    pub fn wait(self) -> anyhow::Result<()> {
+        let mut left = self.shards.len();
+        while left > 0 {
+            match self.ended.recv_timeout(self.grace) {
+                Ok(()) => left -= 1,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    tracing::warn!("the grace is over; running exchanges are cut");
+                    self.orders.give_up();
+                }
+            }
+        }
+        let mut result = Ok(());
+        for shard in self.shards {
+            match shard.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => result = Err(error),
+                Err(_) => result = Err(anyhow::anyhow!("a shard panicked")),
+            }
+        }
+        match self.control.stop() {
+            Ok(()) => result,
+            Err(_) => Err(anyhow::anyhow!("the control thread panicked")),
+        }
+    }
+}
+
+/// How often a running process looks whether a shard has ended that should not have.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Starts a proxy and serves until SIGTERM or SIGINT; then drains it. A second signal ends it at once.
+///
+/// # Errors
+/// As [`start`]; a shard that ended unasked; a second signal.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let signals = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _entered = signals.enter();
+    // caught from the first moment on, so that a signal during the start is not lost
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let running = start(config)?;
+    signals.block_on(async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = tokio::time::sleep(LOOK) => if running.shard_ended_within(Duration::ZERO) {
+                    bail!("a shard has ended; its connections are lost");
+                },
+            }
+        }
+        tracing::info!("draining: running exchanges are finished, no new ones are taken");
+        running.drain();
+        let (tell, mut ended) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new().name("drain".to_owned()).spawn(move || tell.send(running.wait()).ok())?;
+        tokio::select! {
+            _ = terminate.recv() => bail!("ended at once by a second signal"),
+            _ = interrupt.recv() => bail!("ended at once by a second signal"),
+            result = &mut ended => result.context("draining failed")?,
+        }
+    })
+}
+
+/// The control thread's endpoints as a worker: its id follows those of the real ones.
+fn admin_worker(id: usize, address: SocketAddr) -> anyhow::Result<Worker> {
+    let worker = Worker::new(id, format!("http://{address}").parse()?);
+    worker.resolved(vec![address]);
+    Ok(worker)
+}
+
+/// A shard's thread that has its runtime and waits for the rest.
+struct Starting {
+    go: mpsc::Sender<Order>,
+    result: mpsc::Receiver<std::io::Result<()>>,
+    thread: JoinHandle<anyhow::Result<()>>,
+}
+
+enum Order {
+    /// Build a runtime over this driver, in place of the one there is.
+    Build(Driver),
+    Start(Box<Start>),
+}
+
+struct Start {
+    listener: TcpListener,
+    parts: proxy::Parts,
+    orders: Arc<Orders>,
+    ended: mpsc::Sender<()>,
+}
+
+/// Starts the shards' threads and has each build its runtime over the first driver that works for all of them.
+fn raise_shards(
+    settings: &shard::Settings,
+    count: usize,
+    cores: &[core_affinity::CoreId],
+) -> anyhow::Result<(Vec<Starting>, Driver)> {
+    let mut starting = Vec::with_capacity(count);
+    for index in 0..count {
+        let (go, orders) = mpsc::channel();
+        let (report, result) = mpsc::channel();
+        let pinned = !settings.no_pin && count <= cores.len();
+        let core = if pinned { cores.get(index).copied() } else { None };
+        let thread = std::thread::Builder::new()
+            .name(format!("shard-{index}"))
+            .spawn(move || shard_thread(&orders, &report, core))
+            .context("cannot start a shard's thread")?;
+        starting.push(Starting { go, result, thread });
+    }
+    let mut refusal = None;
+    for &driver in settings.io.candidates() {
+        match build_all(&starting, driver) {
+            Ok(()) => {
+                if let (Driver::Epoll, Some(error)) = (driver, &refusal) {
+                    tracing::info!(%error, "io backend: epoll, because io_uring is refused");
+                }
+                return Ok((starting, driver));
+            }
+            Err(error) => refusal = Some(error),
+        }
+    }
+    let error = refusal.map_or_else(|| "no driver".to_owned(), |error| error.to_string());
+    bail!("--io {}: the kernel refuses it: {error}", settings.io)
+}
+
+fn build_all(starting: &[Starting], driver: Driver) -> std::io::Result<()> {
+    let gone = || std::io::Error::other("a shard's thread is gone");
+    for shard in starting {
+        shard.go.send(Order::Build(driver)).map_err(|_| gone())?;
+    }
+    // every answer is taken, so that the next driver's are not mistaken for these
+    let results: Vec<_> = starting.iter().map(|shard| shard.result.recv().map_err(|_| gone())?).collect();
+    results.into_iter().collect()
+}
+
+fn shard_thread(
+    orders: &mpsc::Receiver<Order>,
+    report: &mpsc::Sender<std::io::Result<()>>,
+    core: Option<core_affinity::CoreId>,
+) -> anyhow::Result<()> {
+    let mut runtime = None;
+    while let Ok(order) = orders.recv() {
+        match order {
+            Order::Build(driver) => {
+                // the old ring goes before the new one comes: both might not fit
+                drop(runtime.take());
+                let built = shard::prepare(driver, core).map(|built| runtime = Some(built));
+                report.send(built).ok().context("nobody waits for this shard")?;
+            }
+            Order::Start(start) => {
+                let runtime = runtime.context("a shard was started before its runtime was built")?;
+                let Start { listener, parts, orders, ended } = *start;
+                let _tell = TellEnd(ended);
+                return shard::run(runtime, listener, parts, orders).context("a shard failed");
+            }
+        }
+    }
+    // the process gives up before it began
+    Ok(())
+}
+
+/// Tells that a shard has ended, even by a panic.
+struct TellEnd(mpsc::Sender<()>);
+
+impl Drop for TellEnd {
+    fn drop(&mut self) {
+        // nobody listens when the process is going down anyway
+        self.0.send(()).ok();
+    }
+}

@@ -1,0 +1,146 @@
+//! What is allowed for each setting, in one row each; the words serve the parser's refusals too.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt::Display,
+    ops::RangeInclusive,
+};
+
+use thiserror::Error;
+
+use super::Config;
+
+/// A year. Longer times have no use, and sums with them must not overflow.
+const MAX_SECONDS: u64 = 31_536_000;
+
+/// The shortest interval between two probes or looks, in seconds: below it a worker would see little else.
+const MIN_INTERVAL_SECONDS: f64 = 0.01;
+
+/// More shards than any machine has cores is a slip of the pen.
+const MAX_SHARDS: usize = 1024;
+
+/// Idle connections per shard and worker; the ports of one address are 65,536.
+const MAX_POOL: usize = 65_536;
+
+const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
+const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
+const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
+const SWITCH: &str = "true or false";
+
+/// What is allowed for one setting.
+pub(super) struct Rule {
+    /// The setting's field, which is clap's id of its argument.
+    pub(super) id: &'static str,
+    /// Completes the sentence "must be …".
+    pub(super) allowed: &'static str,
+    /// The value that is not allowed, as it is shown.
+    check: fn(&Config) -> Result<(), String>,
+}
+
+/// A setting whose value has the right form but is not allowed.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("--{}={value}: must be {allowed}", id.replace('_', "-"))]
+pub struct Invalid {
+    /// The setting's field.
+    pub id: &'static str,
+    /// Its value as it may be shown; a secret is masked.
+    pub value: String,
+    /// Completes the sentence "must be …".
+    pub allowed: &'static str,
+}
+
+/// One row per setting that takes a value.
+#[rustfmt::skip]
+pub(super) const RULES: &[Rule] = &[
+    Rule { id: "worker_urls", allowed: "http://host[:port][/prefix], or several of them separated by commas", check: |_| Ok(()) },
+    Rule { id: "static_aliases", allowed: "alias:model, or several of them separated by commas, with one model for each alias", check: aliases },
+    Rule { id: "default_model", allowed: "the name of a model, not empty and not an alias", check: default_model },
+
+    Rule { id: "host", allowed: "an IPv4 or IPv6 address", check: |_| Ok(()) },
+    Rule { id: "port", allowed: "a port from 0 to 65535", check: |_| Ok(()) },
+    Rule { id: "threads", allowed: "a whole number from 1 to 1024", check: |c| within(c.shards.threads.map_or(1, usize::from), 1..=MAX_SHARDS) },
+    Rule { id: "no_pin", allowed: SWITCH, check: |_| Ok(()) },
+    Rule { id: "io", allowed: "auto, uring or epoll", check: |_| Ok(()) },
+    Rule { id: "shutdown_grace_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.shards.shutdown_grace_secs, 0..=MAX_SECONDS) },
+
+    Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
+    Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },
+    Rule { id: "head_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.head_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "body_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.body_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "keepalive_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.keepalive_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "write_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.write_timeout_secs, 1..=MAX_SECONDS) },
+
+    Rule { id: "connect_timeout_secs", allowed: SECONDS, check: |c| within(c.upstream.connect_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "pool_idle_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.upstream.pool_idle_timeout_secs, 0..=MAX_SECONDS) },
+    Rule { id: "pool_size", allowed: "a whole number from 0 to 65536", check: |c| within(c.upstream.pool_size, 0..=MAX_POOL) },
+
+    Rule { id: "health_check_interval_secs", allowed: INTERVAL, check: |c| interval(c.control.health_check_interval_secs) },
+    Rule { id: "health_check_timeout_secs", allowed: INTERVAL, check: |c| interval(c.control.health_check_timeout_secs) },
+    Rule { id: "model_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.model_refresh_secs) },
+    Rule { id: "dns_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.dns_refresh_secs) },
+    Rule { id: "worker_api_key", allowed: "visible ASCII characters", check: worker_api_key },
+
+    Rule { id: "verbosity", allowed: "1, Loud, Verbose, Debug, Info, Warning, 0, Quiet or Error", check: |_| Ok(()) },
+    Rule { id: "log_format", allowed: "txt, json, yml or yaml", check: |_| Ok(()) },
+    Rule { id: "no_color", allowed: SWITCH, check: |_| Ok(()) },
+];
+
+/// The row of a setting.
+pub(super) fn rule(id: &str) -> Option<&'static Rule> {
+    RULES.iter().find(|rule| rule.id == id)
+}
+
+impl Config {
+    /// Holds every value against what is allowed for its setting, and folds workers that are named twice.
+    ///
+    /// That there is a worker at all is not checked: a demonstration brings its own.
+    ///
+    /// # Errors
+    /// The first setting, in the order of the rules, whose value is not allowed.
+    pub fn validated(mut self) -> Result<Self, Invalid> {
+        for Rule { id, allowed, check } in RULES {
+            check(&self).map_err(|value| Invalid { id, value, allowed })?;
+        }
+        let mut seen = HashSet::new();
+        self.worker_urls.retain(|url| seen.insert(url.clone()));
+        Ok(self)
+    }
+}
+
+fn within<T: PartialOrd + Display>(value: T, allowed: RangeInclusive<T>) -> Result<(), String> {
+    if allowed.contains(&value) { Ok(()) } else { Err(value.to_string()) }
+}
+
+/// NaN is in no range.
+fn interval(seconds: f64) -> Result<(), String> {
+    within(seconds, MIN_INTERVAL_SECONDS..=MAX_SECONDS as f64)
+}
+
+fn aliases(config: &Config) -> Result<(), String> {
+    let mut models = HashMap::new();
+    for (alias, model) in &config.static_aliases {
+        if models.insert(alias, model).is_some_and(|other| other != model) {
+            return Err(format!("{alias}:{model}"));
+        }
+    }
+    Ok(())
+}
+
+fn default_model(config: &Config) -> Result<(), String> {
+    match &config.default_model {
+        Some(model) if model.is_empty() || config.static_aliases.iter().any(|(alias, _)| alias == model) => {
+            Err(model.clone())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// It becomes a header's value.
+fn worker_api_key(config: &Config) -> Result<(), String> {
+    match &config.control.worker_api_key {
+        Some(key) if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+            Err(super::show::MASK.to_owned())
+        }
+        _ => Ok(()),
+    }
+}

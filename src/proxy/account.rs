@@ -1,0 +1,62 @@
+//! What is counted of an exchange, however it ends.
+
+use std::cell::Cell;
+
+use crate::proxy::context::Context;
+
+/// The status of an exchange whose client went away before it had one (nginx's).
+const CLIENT_GONE: u16 = 499;
+
+/// Counts an exchange from its beginning to its drop; there is no other place that does.
+pub(super) struct Account<'a> {
+    cx: &'a Context,
+    endpoint: usize,
+    began_micros: u64,
+    ttfb_micros: Cell<Option<u64>>,
+    status: Cell<u16>,
+    complete: Cell<bool>,
+}
+
+impl<'a> Account<'a> {
+    /// An exchange with the endpoint at this position of the table begins.
+    pub(super) fn begin(cx: &'a Context, endpoint: usize) -> Self {
+        cx.metrics().began();
+        Self {
+            cx,
+            endpoint,
+            began_micros: cx.clock.exact().micros(),
+            ttfb_micros: Cell::new(None),
+            status: Cell::new(CLIENT_GONE),
+            complete: Cell::new(false),
+        }
+    }
+
+    /// The answer's first byte is there.
+    pub(super) fn answered(&self, status: u16) {
+        if self.ttfb_micros.get().is_none() {
+            let now = self.cx.clock.exact().micros();
+            self.ttfb_micros.set(Some(now.saturating_sub(self.began_micros)));
+        }
+        self.status.set(status);
+    }
+
+    /// The answer has been sent to its end.
+    pub(super) fn complete(&self) {
+        self.complete.set(true);
+    }
+
+    /// The worker broke off after the answer had begun.
+    pub(super) fn broken(&self) {
+        self.status.set(502);
+        self.complete.set(true);
+    }
+}
+
+impl Drop for Account<'_> {
+    fn drop(&mut self) {
+        let status = if self.complete.get() { self.status.get() } else { CLIENT_GONE };
+        let metrics = self.cx.metrics();
+        metrics.request_ended(self.endpoint, status, self.ttfb_micros.get());
+        metrics.ended();
+    }
+}

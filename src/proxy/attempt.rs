@@ -1,0 +1,323 @@
+//! One try of a request on one worker.
+
+use std::{
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+};
+
+use futures_util::future::{MaybeDone, maybe_done};
+
+use crate::{
+    http::{DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, UpstreamHead, Version},
+    net::{Buffer, ReadHalf},
+    proxy::{
+        account::Account,
+        body::{self, Body, Sent},
+        client::{After, Client, Outlet, grow},
+        context::{Context, LARGE_BYTES},
+        inbox::Inbox,
+        relay::{Plan, Relayed, relay},
+        retry::Failure,
+    },
+    upstream::Connection,
+    workers::{InFlight, Worker},
+};
+
+/// Interim answers (1xx) before the final one at most (`faults.md` §2.3).
+const MAX_INTERIM: usize = 8;
+
+/// After a connection was found dead, its unfinished write is given this long to fail too, so that the body
+/// comes back from the kernel.
+const GIVE_BACK_MS: u64 = 1000;
+
+/// How an attempt ended.
+pub(super) enum Attempted {
+    /// The client has its answer, or at least the beginning of one.
+    Answered(After),
+    /// Nothing has been sent to the client; the body is there for another attempt, if it could be kept.
+    Failed(Failure, Option<Body>),
+    /// The request itself is at fault; nothing has been sent to the client.
+    Refused(Failure),
+}
+
+/// What the answer to a request may be.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    /// It has no body, whatever its head says.
+    to_head: bool,
+    /// It may be 101.
+    upgrade: bool,
+    version: Version,
+}
+
+/// Sends the request to `worker` and its answer to the client. `fresh`: on a new connection.
+///
+/// # Cancellation
+/// The worker's connection is closed, which makes vLLM abort the request.
+pub(super) async fn attempt(
+    client: &mut Client<'_>,
+    account: &Account<'_>,
+    worker: &Arc<Worker>,
+    body: Body,
+    framing: OutFraming,
+    fresh: bool,
+) -> Attempted {
+    let cx = client.cx;
+    let _in_flight = InFlight::begin(worker.clone());
+    // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
+    let fresh = fresh || matches!(body, Body::Streaming(_));
+    let mut connection = match checkout(client, worker, fresh).await {
+        Ok(connection) => connection,
+        Err(failure) => return Attempted::Failed(failure, Some(body)),
+    };
+    match run(client, account, worker, &mut connection, body, framing).await {
+        Ran::Over { attempted, reusable } => {
+            if reusable {
+                cx.pool.put(worker, connection);
+            }
+            attempted
+        }
+        Ran::Switched { head, buffer } => {
+            tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer).await;
+            account.complete();
+            Attempted::Answered(After::Close)
+        }
+    }
+}
+
+/// What became of an attempt on its connection.
+enum Ran {
+    /// The exchange of messages is over; whether the connection may be used for another.
+    Over { attempted: Attempted, reusable: bool },
+    /// The worker switched protocols: its head for the client, and what it sent behind it.
+    Switched { head: Vec<u8>, buffer: Buffer },
+}
+
+impl Ran {
+    fn over(attempted: Attempted) -> Self {
+        Self::Over { attempted, reusable: false }
+    }
+}
+
+/// A connection to `worker`: one that has rested, or a new one.
+async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Result<Connection, Failure> {
+    let cx = client.cx;
+    if !fresh {
+        if let Some(connection) = cx.pool.take(worker) {
+            return Ok(connection);
+        }
+    }
+    match client.outlet.watch.limit(cx.connect_ms, cx.pool.open(worker)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(Failure::Connect(error)),
+        Err(_) => Err(Failure::ConnectLate),
+    }
+}
+
+/// Sends the request and relays its answer; both at once, because a worker may answer before it has read all.
+async fn run(
+    client: &mut Client<'_>,
+    account: &Account<'_>,
+    worker: &Worker,
+    connection: &mut Connection,
+    body: Body,
+    framing: OutFraming,
+) -> Ran {
+    let Client { cx, inbox, request, outlet, head } = client;
+    let Connection { reader, writer, reused, .. } = connection;
+    head.clear();
+    let prefix = worker.url().prefix();
+    request.write_upstream(head, &UpstreamHead { prefix, framing, extra: &[] });
+    let chunked = framing == OutFraming::Chunked;
+    let mut sending = pin!(maybe_done(body::send(cx, inbox, writer, head, body, chunked)));
+
+    let version = request.version();
+    let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
+    let received = alongside(sending.as_mut(), receive(cx, outlet, reader, wanted, *reused)).await;
+    let buffer = match received {
+        Ok(Ok(buffer)) => buffer,
+        Ok(Err(failure)) => {
+            outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
+            return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
+        }
+        Err(failure) => return Ran::over(Attempted::Refused(failure)),
+    };
+
+    // The answer has begun: nothing is tried again from here on, and the body is not needed any more.
+    if let Some(body) = kept(sending.as_mut()) {
+        cx.buffers.recycle(body);
+    }
+    account.answered(outlet.answer.status());
+    let plan = Plan::of(outlet.answer.framing(), version);
+    let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
+    let mut answer_head = std::mem::take(&mut outlet.scratch);
+    answer_head.clear();
+    let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra: &[] };
+    outlet.answer.write_downstream(&mut answer_head, &downstream);
+
+    if outlet.answer.status() == 101 {
+        return Ran::Switched { head: answer_head, buffer };
+    }
+    let relayed = alongside(sending.as_mut(), relay(outlet, reader, plan, &answer_head, buffer)).await;
+    outlet.scratch = answer_head;
+    let Ok((relayed, buffer)) = relayed else {
+        // the client broke its own request off after the answer had begun
+        account.broken();
+        return Ran::over(Attempted::Answered(After::Close));
+    };
+    cx.buffers.recycle(buffer);
+    match relayed {
+        Relayed::Complete { clean } => {
+            account.complete();
+            let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
+            let after = if keep_alive { After::KeepAlive } else { After::Linger };
+            let reusable = clean && body_sent && outlet.answer.keep_alive();
+            Ran::Over { attempted: Attempted::Answered(after), reusable }
+        }
+        Relayed::Broken => {
+            account.broken();
+            Ran::over(Attempted::Answered(After::Close))
+        }
+        Relayed::ClientGone => Ran::over(Attempted::Answered(After::Close)),
+    }
+}
+
+/// The body that a finished write gave back.
+fn kept<F: Future<Output = Sent>>(sending: Pin<&mut MaybeDone<F>>) -> Option<Buffer> {
+    match sending.output_mut() {
+        Some(Sent::Complete(kept) | Sent::Broken(kept)) => kept.take(),
+        _ => None,
+    }
+}
+
+/// Runs `main` to its end, and `sending` beside it for as long.
+///
+/// # Errors
+/// The client's fault, if sending found one: `main` is dropped then.
+///
+/// # Cancellation
+/// As both.
+async fn alongside<F: Future<Output = Sent>, T>(
+    mut sending: Pin<&mut MaybeDone<F>>,
+    main: impl Future<Output = T>,
+) -> Result<T, Failure> {
+    let mut main = pin!(main);
+    poll_fn(|context| {
+        if sending.as_mut().poll(context).is_ready() {
+            if let Some(Sent::ClientFault(failure)) = sending.as_mut().output_mut() {
+                return Poll::Ready(Err(std::mem::replace(failure, Failure::ClientGone)));
+            }
+        }
+        main.as_mut().poll(context).map(Ok)
+    })
+    .await
+}
+
+/// Reads the head of the final answer into `outlet.answer`; what came behind it is returned. Interim answers
+/// are passed on to clients that understand them.
+async fn receive(
+    cx: &Context,
+    outlet: &mut Outlet<'_>,
+    reader: &mut ReadHalf,
+    wanted: Wanted,
+    reused: bool,
+) -> Result<Buffer, Failure> {
+    let mut buffer = cx.buffers.large();
+    let mut interim = 0;
+    outlet.answer.reset();
+    loop {
+        if !buffer.is_empty() {
+            let parsed = outlet.answer.parse(buffer.filled(), wanted.to_head).map_err(Failure::BadAnswer)?;
+            if let Some(count) = parsed {
+                buffer.advance(count);
+                match outlet.answer.status() {
+                    101 if wanted.upgrade => return Ok(buffer),
+                    101 => return Err(Failure::Unexpected("101 without an upgrade")),
+                    100..=199 => {
+                        interim += 1;
+                        if interim > MAX_INTERIM {
+                            return Err(Failure::Unexpected("too many interim answers"));
+                        }
+                        pass_interim(outlet, wanted.version).await?;
+                        outlet.answer.reset();
+                        continue;
+                    }
+                    _ => return Ok(buffer),
+                }
+            }
+            if buffer.spare() == 0 {
+                buffer = grow(buffer, MAX_RESPONSE_HEAD_BYTES + 1);
+            }
+        }
+        let result;
+        (result, buffer) = reader.read(buffer).await;
+        match result {
+            Ok(count) if count > 0 => {}
+            _ if buffer.is_empty() && interim == 0 => return Err(Failure::NoAnswer { reused }),
+            _ => return Err(Failure::AnswerCut),
+        }
+    }
+}
+
+/// Passes an interim answer on. Our own 100 has been sent when the body was read, and HTTP/1.0 knows none.
+async fn pass_interim(outlet: &mut Outlet<'_>, version: Version) -> Result<(), Failure> {
+    if outlet.answer.status() == 100 || version == Version::Http10 {
+        return Ok(());
+    }
+    let mut head = std::mem::take(&mut outlet.scratch);
+    head.clear();
+    let downstream =
+        DownstreamHead { version, framing: OutFraming::AsReceived, keep_alive: true, extra: &[] };
+    outlet.answer.write_downstream(&mut head, &downstream);
+    let sent = outlet.send(Buffer::from_slice(&head)).await;
+    outlet.scratch = head;
+    sent.map(drop).map_err(|_| Failure::ClientGone)
+}
+
+/// After 101 both sides say what they like (RFC 9110 §7.8), until one of them closes.
+///
+/// # Cancellation
+/// Both connections must be closed.
+async fn tunnel(
+    cx: &Context,
+    outlet: &mut Outlet<'_>,
+    inbox: &Inbox,
+    connection: &mut Connection,
+    head: &[u8],
+    first: Buffer,
+) {
+    let Connection { reader, writer, .. } = connection;
+    let mut down = pin!(async {
+        let mut buffer = Buffer::new(head.len(), first.len() + LARGE_BYTES);
+        buffer.append(first.filled());
+        buffer.prepend(head);
+        loop {
+            let Ok(sent) = outlet.send(buffer).await else { return };
+            buffer = sent;
+            buffer.reset(0);
+            let result;
+            (result, buffer) = reader.read(buffer).await;
+            if !matches!(result, Ok(count) if count > 0) {
+                return;
+            }
+        }
+    });
+    let mut up = pin!(async {
+        while let Ok(buffer) = inbox.next().await {
+            let (result, buffer) = writer.write_all(buffer).await;
+            if result.is_err() {
+                return;
+            }
+            cx.buffers.recycle(buffer);
+        }
+    });
+    poll_fn(|context| {
+        if up.as_mut().poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        down.as_mut().poll(context)
+    })
+    .await;
+}

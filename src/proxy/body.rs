@@ -1,0 +1,352 @@
+//! The body of a request: as much of it as the route needs, and the rest as it comes.
+//!
+//! A body with Content-Length is sent on as it was received. A chunked one is decoded: its extensions and
+//! trailers must not reach a worker (`faults.md` §2.1), so the framing is ours from here on.
+
+use crate::{
+    http::{ChunkTracker, RequestFraming, chunk_head},
+    net::{Buffer, Watch, WriteHalf},
+    proxy::{
+        client::{Client, grow},
+        context::{Context, HEADROOM, LARGE_BYTES},
+        inbox::{Gone, Inbox},
+        retry::Failure,
+    },
+};
+
+/// Room behind a body, so that a longer model name can be spliced in without moving it.
+const TAILROOM: usize = 64;
+
+/// A request's body, decoded.
+#[derive(Debug)]
+pub(super) enum Body {
+    /// All of it.
+    Whole(Buffer),
+    /// Its beginning; the rest is still with the client.
+    Streaming(Streaming),
+}
+
+/// A body that is passed on while it arrives.
+#[derive(Debug)]
+pub(super) struct Streaming {
+    /// What has arrived.
+    pub(super) first: Buffer,
+    rest: Rest,
+    /// Bytes of the body that have arrived.
+    received: u64,
+}
+
+#[derive(Debug)]
+enum Rest {
+    /// So many bytes.
+    Length(u64),
+    /// Until the last chunk.
+    Chunked(ChunkTracker),
+}
+
+impl Body {
+    /// The bytes that have arrived.
+    pub(super) fn arrived(&mut self) -> &mut Buffer {
+        match self {
+            Self::Whole(buffer) => buffer,
+            Self::Streaming(streaming) => &mut streaming.first,
+        }
+    }
+
+    /// Length of the whole body; `None` if only its end will tell.
+    pub(super) fn len(&self) -> Option<u64> {
+        match self {
+            Self::Whole(buffer) => Some(buffer.len() as u64),
+            Self::Streaming(Streaming { first, rest: Rest::Length(left), .. }) => {
+                Some(first.len() as u64 + left)
+            }
+            Self::Streaming(_) => None,
+        }
+    }
+}
+
+/// Reads the body whose first bytes are in `buffer`, until its end or until `enough` of it has arrived
+/// (asked with what there is). `whole`: the end will be needed, so room for all of it is taken at once.
+///
+/// # Errors
+/// The framing is broken, the body too large or too slow, the client gone.
+///
+/// # Cancellation
+/// What was read is lost: the connection must be closed.
+pub(super) async fn read(
+    client: &mut Client<'_>,
+    buffer: Buffer,
+    whole: bool,
+    enough: impl FnMut(&[u8]) -> bool,
+) -> Result<Body, Failure> {
+    let body = read_framed(client, buffer, whole, enough).await?;
+    if matches!(body, Body::Whole(_)) {
+        client.inbox.watch();
+    }
+    Ok(body)
+}
+
+async fn read_framed(
+    client: &mut Client<'_>,
+    mut buffer: Buffer,
+    whole: bool,
+    mut enough: impl FnMut(&[u8]) -> bool,
+) -> Result<Body, Failure> {
+    let limit = client.cx.settings.max_body_bytes;
+    let too_large = Failure::BodyTooLarge { limit };
+    match client.request.framing() {
+        RequestFraming::Length(0) => {
+            client.inbox.put_back(buffer.filled());
+            buffer.truncate(0);
+            Ok(Body::Whole(buffer))
+        }
+        RequestFraming::Length(length) => {
+            if length > limit {
+                return Err(too_large);
+            }
+            let length = usize::try_from(length).map_err(|_| too_large)?;
+            if buffer.len() >= length {
+                client.inbox.put_back(&buffer.filled()[length..]);
+                buffer.truncate(length);
+                client.go_on().await?;
+                return Ok(Body::Whole(buffer));
+            }
+            let room = if whole { length } else { length.min(buffer.len().max(LARGE_BYTES)) };
+            if buffer.len() + buffer.spare() < room {
+                let mut larger = Buffer::new(HEADROOM, room + TAILROOM);
+                larger.append(buffer.filled());
+                client.cx.buffers.recycle(std::mem::replace(&mut buffer, larger));
+            }
+            client.go_on().await?;
+            loop {
+                let left = length - buffer.len();
+                if left == 0 {
+                    return Ok(Body::Whole(buffer));
+                }
+                if enough(buffer.filled()) {
+                    let received = buffer.len() as u64;
+                    let rest = Rest::Length(left as u64);
+                    return Ok(Body::Streaming(Streaming { first: buffer, rest, received }));
+                }
+                buffer.limit_spare(left);
+                if buffer.spare() == 0 {
+                    buffer = grow(buffer, length + TAILROOM);
+                    buffer.limit_spare(left);
+                }
+                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
+            }
+        }
+        RequestFraming::Chunked => {
+            client.go_on().await?;
+            let mut tracker = ChunkTracker::default();
+            let mut decoded = 0;
+            loop {
+                let done = decode(&mut tracker, client.inbox, &mut buffer, &mut decoded)?;
+                if decoded as u64 > limit {
+                    return Err(too_large);
+                }
+                if done {
+                    return Ok(Body::Whole(buffer));
+                }
+                if decoded > 0 && enough(buffer.filled()) {
+                    let received = decoded as u64;
+                    let rest = Rest::Chunked(tracker);
+                    return Ok(Body::Streaming(Streaming { first: buffer, rest, received }));
+                }
+                if buffer.spare() == 0 {
+                    buffer = grow(
+                        buffer,
+                        usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES),
+                    );
+                }
+                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
+            }
+        }
+    }
+}
+
+/// Decodes what stands in `buffer` behind its first `decoded` bytes; true at the end of the body, and what
+/// follows it is put back.
+fn decode(
+    tracker: &mut ChunkTracker,
+    inbox: &Inbox,
+    buffer: &mut Buffer,
+    decoded: &mut usize,
+) -> Result<bool, Failure> {
+    let fresh = &mut buffer.filled_mut()[*decoded..];
+    let result = tracker.decode(fresh).map_err(|_| Failure::RequestBody)?;
+    if result.done {
+        inbox.put_back(&fresh[result.consumed..]);
+    }
+    *decoded += result.data;
+    buffer.truncate(*decoded);
+    Ok(result.done)
+}
+
+async fn more(cx: &Context, inbox: &Inbox, watch: &Watch, buffer: Buffer) -> Result<Buffer, Failure> {
+    let limit = cx.settings.body_timeout_secs.saturating_mul(1000);
+    match watch.limit(limit, inbox.more(buffer)).await {
+        Ok(Ok(buffer)) => Ok(buffer),
+        Ok(Err(Gone)) => Err(Failure::ClientGone),
+        Err(_) => Err(Failure::Late),
+    }
+}
+
+impl Client<'_> {
+    /// Tells a client that waits for it to send the body (RFC 9110 §10.1.1): it is about to be read.
+    async fn go_on(&mut self) -> Result<(), Failure> {
+        if !self.request.expects_continue() {
+            return Ok(());
+        }
+        let go_on = Buffer::from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+        match self.outlet.send(go_on).await {
+            Ok(_) => Ok(()),
+            Err(Gone) => Err(Failure::ClientGone),
+        }
+    }
+}
+
+/// How sending a request ended.
+#[derive(Debug)]
+pub(super) enum Sent {
+    /// All of it is on its way; the body is kept for another attempt, if it was whole.
+    Complete(Option<Buffer>),
+    /// The worker's connection broke; what can be kept is kept.
+    Broken(Option<Buffer>),
+    /// The client did not send a legal body to its end; the attempt must not be completed.
+    ClientFault(Failure),
+}
+
+/// Sends `head` and `body`, head and what is there of the body in one write where the headroom allows.
+///
+/// # Cancellation
+/// Part of it may have been sent: the worker's connection must be closed.
+pub(super) async fn send(
+    cx: &Context,
+    inbox: &Inbox,
+    writer: &mut WriteHalf,
+    head: &[u8],
+    body: Body,
+    chunked: bool,
+) -> Sent {
+    match body {
+        Body::Whole(buffer) => {
+            let len = buffer.len();
+            let (result, mut buffer) = write_with_head(writer, head, buffer).await;
+            buffer.advance(buffer.len() - len);
+            match result {
+                Ok(()) => Sent::Complete(Some(buffer)),
+                Err(_) => Sent::Broken(Some(buffer)),
+            }
+        }
+        Body::Streaming(streaming) => stream(cx, inbox, writer, head, streaming, chunked).await,
+    }
+}
+
+async fn write_with_head(
+    writer: &mut WriteHalf,
+    head: &[u8],
+    mut body: Buffer,
+) -> (std::io::Result<()>, Buffer) {
+    if !body.prepend(head) {
+        let (result, _) = writer.write_all(Buffer::from_slice(head)).await;
+        if result.is_err() {
+            return (result, body);
+        }
+    }
+    writer.write_all(body).await
+}
+
+async fn stream(
+    cx: &Context,
+    inbox: &Inbox,
+    writer: &mut WriteHalf,
+    head: &[u8],
+    streaming: Streaming,
+    chunked: bool,
+) -> Sent {
+    let Streaming { mut first, mut rest, mut received } = streaming;
+    // the limit of the client's watch belongs to the answer, which may come at the same time
+    let watch = cx.watches.watch();
+    let mut framed = Vec::with_capacity(head.len() + 20);
+    framed.extend_from_slice(head);
+    if chunked {
+        push_chunk_head(&mut framed, first.len());
+    }
+    if first.is_empty() {
+        first = Buffer::new(HEADROOM, LARGE_BYTES);
+    }
+    let (mut result, mut buffer) = write_with_head(writer, &framed, first).await;
+    loop {
+        if result.is_err() {
+            return Sent::Broken(None);
+        }
+        if buffer.capacity() < HEADROOM + LARGE_BYTES {
+            buffer = Buffer::new(HEADROOM, LARGE_BYTES);
+        }
+        buffer.reset(HEADROOM);
+        let done;
+        (done, buffer) = match next(cx, inbox, &watch, buffer, &mut rest, &mut received).await {
+            Ok(next) => next,
+            Err(failure) => return Sent::ClientFault(failure),
+        };
+        if chunked {
+            framed.clear();
+            framed.extend_from_slice(b"\r\n");
+            push_chunk_head(&mut framed, buffer.len());
+            if !buffer.is_empty() {
+                buffer.prepend(&framed);
+            }
+            if done {
+                buffer.append(b"\r\n0\r\n\r\n");
+            }
+        }
+        if !buffer.is_empty() {
+            (result, buffer) = writer.write_all(buffer).await;
+        }
+        if done {
+            inbox.watch();
+            return if result.is_ok() { Sent::Complete(None) } else { Sent::Broken(None) };
+        }
+    }
+}
+
+fn push_chunk_head(out: &mut Vec<u8>, len: usize) {
+    if len > 0 {
+        let (bytes, count) = chunk_head(len);
+        out.extend_from_slice(&bytes[..count]);
+    }
+}
+
+/// The next part of the body, and whether it is the last one.
+async fn next(
+    cx: &Context,
+    inbox: &Inbox,
+    watch: &Watch,
+    mut buffer: Buffer,
+    rest: &mut Rest,
+    received: &mut u64,
+) -> Result<(bool, Buffer), Failure> {
+    match rest {
+        Rest::Length(0) => Ok((true, buffer)),
+        Rest::Length(left) => {
+            buffer.limit_spare(usize::try_from(*left).unwrap_or(usize::MAX));
+            buffer = more(cx, inbox, watch, buffer).await?;
+            *left = left.saturating_sub(buffer.len() as u64);
+            Ok((*left == 0, buffer))
+        }
+        Rest::Chunked(tracker) => {
+            // room for the end of our own framing
+            buffer.limit_spare(buffer.spare().saturating_sub(16));
+            buffer = more(cx, inbox, watch, buffer).await?;
+            let mut decoded = 0;
+            let done = decode(tracker, inbox, &mut buffer, &mut decoded)?;
+            *received += decoded as u64;
+            let limit = cx.settings.max_body_bytes;
+            if *received > limit {
+                return Err(Failure::BodyTooLarge { limit });
+            }
+            Ok((done, buffer))
+        }
+    }
+}

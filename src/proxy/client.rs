@@ -1,0 +1,216 @@
+//! One connection of a client, from its first byte to its last.
+
+use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
+
+use crate::{
+    http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
+    net::{Buffer, ReadHalf, Watch, WriteHalf, contain},
+    proxy::{
+        context::{Context, HEADROOM},
+        exchange::exchange,
+        inbox::{Gone, Inbox, keep_reading},
+        respond::{self, Answer},
+        retry::Failure,
+    },
+};
+
+/// After an answer that ends the connection, what the client still sends is read for this long, and no
+/// further than [`LINGER_BYTES`]: closing with unread bytes would reset the connection and destroy the answer
+/// on its way (RFC 9112 §9.6).
+const LINGER_MS: u64 = 2000;
+const LINGER_BYTES: usize = 1 << 20;
+
+/// What becomes of the connection after an exchange.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum After {
+    /// The next request may come.
+    KeepAlive,
+    /// It is closed; an answer that is not complete must look so.
+    Close,
+    /// It is closed after a complete answer, but the client may still be sending.
+    Linger,
+}
+
+/// A client, as an exchange sees it.
+pub(super) struct Client<'a> {
+    pub(super) cx: &'a Context,
+    pub(super) inbox: &'a Inbox,
+    pub(super) request: RequestHead,
+    pub(super) outlet: Outlet<'a>,
+    /// The request's head as it goes to a worker.
+    pub(super) head: Vec<u8>,
+}
+
+/// The way to the client, and what is needed to write to it.
+pub(super) struct Outlet<'a> {
+    cx: &'a Context,
+    pub(super) writer: WriteHalf,
+    pub(super) watch: Rc<Watch>,
+    /// The head of the worker's answer.
+    pub(super) answer: ResponseHead,
+    /// Where heads are written before they are laid into a buffer.
+    pub(super) scratch: Vec<u8>,
+}
+
+/// Serves a client until its connection ends. A panic costs this connection only.
+pub async fn serve(cx: Rc<Context>, reader: ReadHalf, writer: WriteHalf) {
+    let _open = Open::new(&cx);
+    if contain(connection(&cx, reader, writer)).await.is_err() {
+        cx.metrics().panicked();
+        tracing::error!("a connection was lost to a panic");
+    }
+}
+
+/// Polls the reader and the conversation side by side: they are one task, and whatever the reader finds the
+/// conversation sees at once. When the client goes away the conversation is dropped where it stands, and with
+/// it the connection to the worker.
+async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
+    let inbox = Inbox::new();
+    let mut reading = pin!(keep_reading(reader, &inbox, &cx.buffers));
+    let mut talking = pin!(converse(cx, &inbox, writer));
+    poll_fn(|context| {
+        loop {
+            if talking.as_mut().poll(context).is_ready() {
+                return Poll::Ready(());
+            }
+            let arrivals = inbox.arrivals();
+            if reading.as_mut().poll(context).is_ready() {
+                return Poll::Ready(());
+            }
+            if inbox.arrivals() == arrivals {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
+    cx.metrics().bytes_in(inbox.take_received());
+}
+
+async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf) {
+    let (request, answer, scratch, head) = Default::default();
+    let outlet = Outlet { cx, writer, watch: cx.watches.watch(), answer, scratch };
+    let mut client = Client { cx, inbox, request, outlet, head };
+    loop {
+        let after = match client.read_head().await {
+            Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
+            Ok(None) => After::Close,
+            Err(failure) => client.refuse(&failure).await,
+        };
+        cx.metrics().bytes_in(inbox.take_received());
+        match after {
+            After::KeepAlive => {}
+            After::Close => return,
+            After::Linger => return client.linger().await,
+        }
+    }
+}
+
+impl Client<'_> {
+    /// Reads the head of the next request into `self.request`; what came behind it is returned. `None`: there
+    /// is no further request.
+    async fn read_head(&mut self) -> Result<Option<Buffer>, Failure> {
+        let (cx, watch) = (self.cx, self.outlet.watch.clone());
+        let idle_ms = cx.settings.keepalive_timeout_secs.saturating_mul(1000);
+        let Ok(Ok(mut buffer)) = watch.idle(idle_ms, self.inbox.next()).await else { return Ok(None) };
+        let deadline = cx.clock.now() + cx.settings.head_timeout_secs.saturating_mul(1000);
+        self.request.reset();
+        loop {
+            if let Some(count) = self.request.parse(buffer.filled())? {
+                buffer.advance(count);
+                return Ok(Some(buffer));
+            }
+            if buffer.spare() == 0 {
+                buffer = grow(buffer, MAX_HEAD_BYTES);
+            }
+            let left = deadline.saturating_sub(cx.clock.now()).max(1);
+            buffer = match watch.limit(left, self.inbox.more(buffer)).await {
+                Ok(Ok(buffer)) => buffer,
+                Ok(Err(Gone)) => return Ok(None),
+                Err(_) => return Err(Failure::Late),
+            };
+        }
+    }
+
+    /// Answers a failure, if there is anybody to answer.
+    pub(super) async fn refuse(&mut self, failure: &Failure) -> After {
+        let Some((answer, reason)) = respond::failure(failure) else { return After::Close };
+        self.cx.metrics().refused(reason);
+        self.answer(&answer).await
+    }
+
+    /// Sends an answer of ours.
+    pub(super) async fn answer(&mut self, answer: &Answer) -> After {
+        let keep_alive = !answer.close
+            && self.inbox.request_read()
+            && self.request.keep_alive()
+            && !self.cx.watches.draining();
+        let to_http10 = self.request.version() == Version::Http10;
+        let mut bytes = std::mem::take(&mut self.outlet.scratch);
+        bytes.clear();
+        answer.write(&mut bytes, &self.cx.date(), keep_alive, to_http10, self.request.is_head());
+        let sent = self.outlet.send(Buffer::from_slice(&bytes)).await;
+        self.outlet.scratch = bytes;
+        match sent {
+            Ok(_) if keep_alive => After::KeepAlive,
+            Ok(_) => After::Linger,
+            Err(_) => After::Close,
+        }
+    }
+
+    /// Lets the client read the last answer before the connection is closed.
+    async fn linger(&mut self) {
+        self.outlet.writer.finish().await;
+        let deadline = self.cx.clock.now() + LINGER_MS;
+        let mut read = 0;
+        while read < LINGER_BYTES {
+            let left = deadline.saturating_sub(self.cx.clock.now());
+            if left == 0 {
+                return;
+            }
+            let Ok(Ok(buffer)) = self.outlet.watch.limit(left, self.inbox.next()).await else { return };
+            read += buffer.len();
+            self.cx.buffers.recycle(buffer);
+        }
+    }
+}
+
+impl Outlet<'_> {
+    /// Sends all that `buffer` holds and gives it back.
+    ///
+    /// # Errors
+    /// The client is gone, or has not read for `--write-timeout-secs`.
+    pub(super) async fn send(&mut self, buffer: Buffer) -> Result<Buffer, Gone> {
+        let len = buffer.len();
+        let limit = self.cx.settings.write_timeout_secs.saturating_mul(1000);
+        match self.watch.limit(limit, self.writer.write_all(buffer)).await {
+            Ok((Ok(()), buffer)) => {
+                self.cx.metrics().bytes_out(len as u64);
+                Ok(buffer)
+            }
+            Ok((Err(_), _)) | Err(_) => Err(Gone),
+        }
+    }
+}
+
+/// A buffer with the same bytes and twice the room, but room for no more than `most` bytes.
+pub(super) fn grow(buffer: Buffer, most: usize) -> Buffer {
+    let mut larger = Buffer::new(HEADROOM, (buffer.len() * 2).clamp(4096, most.max(buffer.len() + 1)));
+    larger.append(buffer.filled());
+    larger
+}
+
+/// An open connection, counted until dropped.
+struct Open<'a>(&'a Context);
+
+impl<'a> Open<'a> {
+    fn new(cx: &'a Context) -> Self {
+        cx.connection_opened();
+        Self(cx)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.connection_closed();
+    }
+}

@@ -1,0 +1,195 @@
+//! What the exchanges of one shard share.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+};
+
+use crate::{
+    base::{Clock, Date},
+    net::{Buffer, ShardClock, Watches},
+    proxy::Settings,
+    routing::Policy,
+    telemetry::metrics::{Metrics, ShardMetrics},
+    upstream::{self, Pool},
+    workers::{Fleet, FleetHandle, Worker},
+};
+
+/// Room before what is read from a client or a worker, for a head that is longer than the one it replaces.
+pub(super) const HEADROOM: usize = 512;
+
+/// Size of the read that waits for a request: most requests of a chat come whole in it, and an idle
+/// connection holds no more.
+pub(super) const SMALL_BYTES: usize = 4096;
+
+/// Size of a read of a worker's answer or of a large upload.
+pub(super) const LARGE_BYTES: usize = 32 * 1024;
+
+/// Buffers kept for the next exchange, of each size.
+const KEPT_BUFFERS: usize = 256;
+
+/// What a shard's context is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Limits of an exchange.
+    pub settings: Settings,
+    /// Connections to workers.
+    pub upstream: upstream::Settings,
+    /// The process's clock.
+    pub clock: Clock,
+    /// Where the newest fleet is.
+    pub fleet: FleetHandle,
+    /// The control thread's own endpoints, as a worker.
+    pub admin: Arc<Worker>,
+    /// The process's metrics.
+    pub metrics: Arc<Metrics>,
+    /// Position of this shard.
+    pub shard: usize,
+    /// Builds the policy.
+    pub policy: fn() -> Box<dyn Policy>,
+    /// Called with every request's target, for tests that need a fault on a shard.
+    pub fault: Option<fn(&str)>,
+}
+
+/// What the exchanges of one shard share.
+pub struct Context {
+    pub(super) settings: Settings,
+    pub(super) connect_ms: u64,
+    pub(super) clock: Rc<ShardClock>,
+    pub(super) watches: Watches,
+    pub(super) pool: Pool,
+    pub(super) buffers: Buffers,
+    pub(super) admin: Arc<Worker>,
+    pub(super) fault: Option<fn(&str)>,
+    pub(super) policy: RefCell<Box<dyn Policy>>,
+    /// Where candidates are kept for the length of a choice.
+    pub(super) positions: RefCell<Vec<usize>>,
+    metrics: Arc<Metrics>,
+    shard: usize,
+    fleet: RefCell<arc_swap::Cache<FleetHandle, Arc<Fleet>>>,
+    random: Cell<u64>,
+    date: RefCell<(u64, Rc<str>)>,
+    connections: Cell<usize>,
+}
+
+impl Context {
+    /// The context of one shard, on that shard's thread.
+    pub fn new(parts: Parts) -> Self {
+        let clock = Rc::new(ShardClock::new(parts.clock));
+        Self {
+            connect_ms: parts.upstream.connect_timeout_secs.saturating_mul(1000),
+            pool: Pool::new(&parts.upstream, clock.clone()),
+            watches: Watches::new(clock.clone()),
+            clock,
+            settings: parts.settings,
+            buffers: Buffers::default(),
+            admin: parts.admin,
+            fault: parts.fault,
+            policy: RefCell::new((parts.policy)()),
+            positions: RefCell::default(),
+            metrics: parts.metrics,
+            shard: parts.shard,
+            fleet: RefCell::new(arc_swap::Cache::new(parts.fleet)),
+            // any odd start will do; shards differ so that they do not choose in step
+            random: Cell::new(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(2 * parts.shard as u64 + 1)),
+            date: RefCell::new((u64::MAX, Rc::from(""))),
+            connections: Cell::new(0),
+        }
+    }
+
+    /// The newest fleet.
+    pub(super) fn fleet(&self) -> Arc<Fleet> {
+        self.fleet.borrow_mut().load().clone()
+    }
+
+    /// Where this shard counts.
+    pub(super) fn metrics(&self) -> &ShardMetrics {
+        self.metrics.shard(self.shard)
+    }
+
+    /// Chance (xorshift64).
+    pub(super) fn random(&self) -> u64 {
+        let mut bits = self.random.get();
+        bits ^= bits << 13;
+        bits ^= bits >> 7;
+        bits ^= bits << 17;
+        self.random.set(bits);
+        bits
+    }
+
+    /// The `date` of an answer, made once a second.
+    pub(super) fn date(&self) -> Rc<str> {
+        let second = self.clock.now() / 1000;
+        let mut date = self.date.borrow_mut();
+        if date.0 != second {
+            *date = (second, Date::now().http().into());
+        }
+        date.1.clone()
+    }
+
+    /// Connections of clients that are open.
+    pub fn connections(&self) -> usize {
+        self.connections.get()
+    }
+
+    pub(super) fn connection_opened(&self) {
+        self.connections.set(self.connections.get() + 1);
+        self.metrics().connection_opened();
+    }
+
+    pub(super) fn connection_closed(&self) {
+        self.connections.set(self.connections.get() - 1);
+        self.metrics().connection_closed();
+    }
+
+    /// From now on no exchange begins: idle connections close, busy ones after their answer.
+    pub fn drain(&self) {
+        self.watches.drain();
+    }
+
+    /// What has to happen every [`crate::net::TICK_MS`].
+    pub fn tick(&self) {
+        self.watches.tick();
+        self.pool.tick();
+    }
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("shard", &self.shard).finish_non_exhaustive()
+    }
+}
+
+/// Buffers that have been used and will be again.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    small: RefCell<Vec<Buffer>>,
+    large: RefCell<Vec<Buffer>>,
+}
+
+impl Buffers {
+    /// An empty buffer for the first read of a request.
+    pub(super) fn small(&self) -> Buffer {
+        self.small.borrow_mut().pop().unwrap_or_else(|| Buffer::new(HEADROOM, SMALL_BYTES))
+    }
+
+    /// An empty buffer for an answer.
+    pub(super) fn large(&self) -> Buffer {
+        self.large.borrow_mut().pop().unwrap_or_else(|| Buffer::new(HEADROOM, LARGE_BYTES))
+    }
+
+    /// Takes a buffer back that nobody needs any more.
+    pub(super) fn recycle(&self, mut buffer: Buffer) {
+        let list = match buffer.capacity() - HEADROOM.min(buffer.capacity()) {
+            SMALL_BYTES => &self.small,
+            LARGE_BYTES => &self.large,
+            _ => return,
+        };
+        let mut list = list.borrow_mut();
+        if list.len() < KEPT_BUFFERS {
+            buffer.reset(HEADROOM);
+            list.push(buffer);
+        }
+    }
+}

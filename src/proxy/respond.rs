@@ -1,0 +1,143 @@
+//! The answers that we make ourselves, in the shape of vLLM's Python front end (`vllm-surface.md` §3.1).
+//!
+//! [`failure`] turns a failure into its answer; nothing else does.
+
+use std::borrow::Cow;
+
+use crate::{
+    http::RequestError,
+    proxy::retry::Failure,
+    telemetry::metrics::Refusal,
+    vllm::{ErrorShape, Local, errors},
+    workers::Fleet,
+};
+
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// Seconds after which a client may try again when no worker is up: the time of a few probes.
+const RETRY_AFTER_SECS: u32 = 5;
+
+/// An answer of ours.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    pub(super) status: u16,
+    content_type: Option<&'static str>,
+    body: Cow<'static, [u8]>,
+    retry_after_secs: Option<u32>,
+    allow: Option<&'static str>,
+    /// Whether the connection ends with it.
+    pub(super) close: bool,
+}
+
+impl Answer {
+    fn json(status: u16, body: Vec<u8>) -> Self {
+        Self { status, content_type: Some(JSON), body: Cow::Owned(body), ..Self::default() }
+    }
+
+    fn error(status: u16, message: &str) -> Self {
+        let kind = errors::status_phrase(status);
+        Self::json(status, errors::openai(message, kind, None, status))
+    }
+
+    fn text(status: u16, text: &'static str) -> Self {
+        let body = Cow::Borrowed(text.as_bytes());
+        Self { status, content_type: Some(TEXT), body, close: true, ..Self::default() }
+    }
+
+    fn closing(mut self) -> Self {
+        self.close = true;
+        self
+    }
+
+    /// Appends head and body, in uvicorn's order of fields. To a HEAD request no body is sent.
+    pub(super) fn write(
+        &self,
+        out: &mut Vec<u8>,
+        date: &str,
+        keep_alive: bool,
+        to_http10: bool,
+        to_head: bool,
+    ) {
+        let mut push = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
+        let status = self.status.to_string();
+        push(&["HTTP/1.1 ", &status, " ", errors::status_phrase(self.status), "\r\ndate: ", date]);
+        push(&["\r\nserver: vllm-proxy\r\n"]);
+        if let Some(allow) = self.allow {
+            push(&["allow: ", allow, "\r\n"]);
+        }
+        push(&["content-length: ", &self.body.len().to_string(), "\r\n"]);
+        if let Some(kind) = self.content_type {
+            push(&["content-type: ", kind, "\r\n"]);
+        }
+        if let Some(seconds) = self.retry_after_secs {
+            push(&["retry-after: ", &seconds.to_string(), "\r\n"]);
+        }
+        if self.content_type != Some(TEXT) {
+            push(&["vary: Origin\r\n"]);
+        }
+        if !keep_alive {
+            push(&["connection: close\r\n"]);
+        } else if to_http10 {
+            push(&["connection: keep-alive\r\n"]);
+        }
+        push(&["\r\n"]);
+        if !to_head {
+            out.extend_from_slice(&self.body);
+        }
+    }
+}
+
+/// What the shard answers itself from the fleet; `None` where a worker has to be asked.
+pub(super) fn local(what: Local, fleet: &Fleet) -> Option<Answer> {
+    match what {
+        Local::Health | Local::Ping => {
+            let status = if fleet.usable() { 200 } else { 503 };
+            Some(Answer { status, ..Answer::default() })
+        }
+        Local::Models => fleet.models_json().map(|body| Answer::json(200, body.to_vec())),
+        Local::Version => fleet.version_json().map(|body| Answer::json(200, body.to_vec())),
+    }
+}
+
+/// vLLM's 404 for a model that it does not serve.
+pub(super) fn unknown_model(shape: ErrorShape, name: &str, fleet: &Fleet) -> Answer {
+    Answer::json(404, errors::unknown_model(shape, name, fleet.valid_names()))
+}
+
+/// The answer to a failure, and the reason that is counted; `None` when there is nobody to answer.
+pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
+    Some(match failure {
+        Failure::Request(error) => return Some(request(*error)),
+        Failure::RequestBody => (Answer::text(400, errors::INVALID_REQUEST_TEXT), Refusal::Malformed),
+        Failure::BodyTooLarge { .. } => {
+            (Answer::error(413, &failure.to_string()).closing(), Refusal::BodyTooLarge)
+        }
+        Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
+        Failure::ClientGone => return None,
+        Failure::NoWorker | Failure::Connect(_) | Failure::ConnectLate => {
+            let mut answer = Answer::error(503, "No worker that serves this model can be reached.");
+            answer.retry_after_secs = Some(RETRY_AFTER_SECS);
+            (answer, Refusal::NoWorker)
+        }
+        Failure::NoAnswer { .. } | Failure::BadAnswer(_) | Failure::AnswerCut | Failure::Unexpected(_) => {
+            (Answer::error(502, &format!("The worker failed: {failure}.")), Refusal::BadAnswer)
+        }
+    })
+}
+
+fn request(error: RequestError) -> (Answer, Refusal) {
+    match error {
+        RequestError::Malformed => (Answer::text(400, errors::INVALID_REQUEST_TEXT), Refusal::Malformed),
+        RequestError::Version => (Answer::text(505, "HTTP Version Not Supported"), Refusal::Malformed),
+        RequestError::TargetTooLong => (Answer::text(414, "URI Too Long"), Refusal::HeadTooLarge),
+        RequestError::HeadTooLarge | RequestError::TooManyFields => {
+            (Answer::text(431, "Request Header Fields Too Large"), Refusal::HeadTooLarge)
+        }
+        RequestError::Method => {
+            let mut answer = Answer::json(405, errors::detail("Method Not Allowed")).closing();
+            answer.allow = Some("DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT");
+            (answer, Refusal::UnknownPath)
+        }
+    }
+}

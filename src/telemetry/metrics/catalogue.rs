@@ -1,0 +1,252 @@
+//! Every metric that `/metrics` shows, a row each.
+
+use std::fmt;
+
+use prometheus_client::{
+    encoding::{DescriptorEncoder, EncodeGaugeValue, MetricEncoder, NoLabelSet},
+    metrics::MetricType,
+};
+
+use super::{Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
+
+/// What kind of metric a row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows; shown with `_total` behind its name.
+    Counter,
+    /// A value of this moment.
+    Gauge,
+    /// A distribution, in buckets.
+    Histogram,
+}
+
+/// How a row's values are read.
+#[derive(Debug, Clone, Copy)]
+enum Values {
+    /// A figure of the process.
+    One(fn(&Scrape) -> u64),
+    /// A figure of each worker.
+    PerWorker(fn(&WorkerSample) -> u64),
+    /// Labels of its own.
+    Labelled(fn(&Scrape, &mut MetricEncoder<'_>) -> fmt::Result),
+}
+
+/// One metric.
+#[derive(Debug)]
+pub struct Row {
+    /// Its name without the `_total` of counters.
+    pub name: &'static str,
+    /// What it counts, as scrapers show it.
+    pub help: &'static str,
+    /// Its kind.
+    pub kind: Kind,
+    values: Values,
+}
+
+/// Every metric, in the order of a scrape.
+pub const CATALOGUE: &[Row] = &[
+    Row {
+        name: "vllm_proxy_build_info",
+        help: "The version that runs",
+        kind: Kind::Gauge,
+        values: Values::Labelled(|_, metric| gauge(metric, &[("version", env!("CARGO_PKG_VERSION"))], 1)),
+    },
+    Row {
+        name: "vllm_proxy_io_backend",
+        help: "What drives the sockets: 1 for the backend in use",
+        kind: Kind::Gauge,
+        values: Values::Labelled(|scrape, metric| {
+            let used = scrape.metrics.backend.get();
+            ["io_uring", "epoll"].into_iter().try_for_each(|backend| {
+                gauge(metric, &[("backend", backend)], u64::from(used == Some(&backend)))
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_shards",
+        help: "Shards, each a pinned thread",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.shards.len() as u64),
+    },
+    Row {
+        name: "vllm_proxy_requests",
+        help: "Requests that ended, by endpoint and class of the status that the client got; 499 is a client that went away",
+        kind: Kind::Counter,
+        values: Values::Labelled(requests),
+    },
+    Row {
+        name: "vllm_proxy_requests_in_flight",
+        help: "Requests that are being served now",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.in_flight())),
+    },
+    Row {
+        name: "vllm_proxy_connections_open",
+        help: "Connections of clients that are open now",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.connections_open())),
+    },
+    Row {
+        name: "vllm_proxy_connections",
+        help: "Connections of clients that were accepted",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.connections())),
+    },
+    Row {
+        name: "vllm_proxy_received_bytes",
+        help: "Bytes received from clients",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.received_bytes())),
+    },
+    Row {
+        name: "vllm_proxy_sent_bytes",
+        help: "Bytes sent to clients",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.sent_bytes())),
+    },
+    Row {
+        name: "vllm_proxy_time_to_first_byte_seconds",
+        help: "Time from a request's first byte to its answer's first byte",
+        kind: Kind::Histogram,
+        values: Values::Labelled(time_to_first_byte),
+    },
+    Row {
+        name: "vllm_proxy_retries",
+        help: "Further attempts, by what made them necessary",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Retry::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.retries(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_refused_requests",
+        help: "Requests that got an error of the proxy's own, by reason",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Refusal::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.refusals(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_panics",
+        help: "Tasks that panicked; each cost its connection",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.panics())),
+    },
+    Row {
+        name: "vllm_proxy_dropped_log_lines",
+        help: "Log lines dropped because their queue was full",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.dropped_lines.get().map_or(0, |read| read())),
+    },
+    Row {
+        name: "vllm_proxy_worker_health",
+        help: "Whether a worker takes requests",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.healthy)),
+    },
+    Row {
+        name: "vllm_proxy_worker_in_flight",
+        help: "Requests of this process that run on a worker now",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.in_flight)),
+    },
+    Row {
+        name: "vllm_proxy_worker_attempts",
+        help: "Attempts on a worker",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.attempts),
+    },
+    Row {
+        name: "vllm_proxy_worker_transport_errors",
+        help: "Attempts on a worker that ended in a refused connect, a reset or a malformed answer",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.transport_errors),
+    },
+    Row {
+        name: "vllm_proxy_worker_connects",
+        help: "Connections opened to a worker",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.connects),
+    },
+];
+
+impl Row {
+    /// Whether its series appear with the workers.
+    pub fn per_worker(&self) -> bool {
+        matches!(self.values, Values::PerWorker(_))
+    }
+
+    pub(super) fn encode(&self, scrape: &Scrape, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Counter => MetricType::Counter,
+            Kind::Gauge => MetricType::Gauge,
+            Kind::Histogram => MetricType::Histogram,
+        };
+        let mut metric = encoder.encode_descriptor(self.name, self.help, None, kind)?;
+        match self.values {
+            Values::One(read) => self.value(&mut metric, &[], read(scrape)),
+            Values::PerWorker(read) => scrape.workers.iter().try_for_each(|worker| {
+                self.value(&mut metric, &[("worker", worker.worker.as_str())], read(worker))
+            }),
+            Values::Labelled(encode) => encode(scrape, &mut metric),
+        }
+    }
+
+    fn value(&self, metric: &mut MetricEncoder<'_>, labels: &[(&str, &str)], value: u64) -> fmt::Result {
+        match self.kind {
+            Kind::Counter => counter(metric, labels, value),
+            Kind::Gauge | Kind::Histogram => gauge(metric, labels, value),
+        }
+    }
+}
+
+fn counter(metric: &mut MetricEncoder<'_>, labels: &[(&str, &str)], value: u64) -> fmt::Result {
+    if labels.is_empty() {
+        return metric.encode_counter::<NoLabelSet, _, u64>(&value, None);
+    }
+    metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)
+}
+
+fn gauge(
+    metric: &mut MetricEncoder<'_>,
+    labels: &[(&str, &str)],
+    value: impl EncodeGaugeValue,
+) -> fmt::Result {
+    if labels.is_empty() {
+        return metric.encode_gauge(&value);
+    }
+    metric.encode_family(&labels)?.encode_gauge(&value)
+}
+
+fn requests(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {
+    for (row, endpoint) in scrape.metrics.endpoints.iter().enumerate() {
+        for class in StatusClass::ALL {
+            let count = scrape.metrics.sum(|shard| shard.requests(row, *class));
+            let labels = [("endpoint", *endpoint), ("code", class.label())];
+            counter(metric, &labels, count)?;
+        }
+    }
+    Ok(())
+}
+
+fn time_to_first_byte(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {
+    let bounds = TTFB_BUCKETS_MICROS.iter().map(|micros| seconds(*micros)).chain([f64::INFINITY]);
+    let buckets: Vec<(f64, u64)> = bounds
+        .enumerate()
+        .map(|(at, bound)| (bound, scrape.metrics.sum(|shard| shard.ttfb_bucket(at))))
+        .collect();
+    let count = buckets.iter().map(|(_, count)| count).sum();
+    let sum = seconds(scrape.metrics.sum(|shard| shard.ttfb_sum_micros()));
+    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+}
+
+/// Microseconds as seconds; exact enough up to 2^53 µs (285 years).
+fn seconds(micros: u64) -> f64 {
+    micros as f64 / 1e6
+}

@@ -1,0 +1,272 @@
+//! The process's own metrics: what shards count, and how `/metrics` shows it.
+//!
+//! Every shard has a slot of plain atomics that only it writes ([`ShardMetrics`]), on cache lines of its own;
+//! a scrape reads all slots and adds them up, so counting costs a shard nothing but its own memory. What can
+//! be scraped stands in one table, the [`CATALOGUE`]: a metric is a row there and the call where it happens.
+//!
+//! All label sets are bounded (`operations.md` §4.3): endpoints by vLLM's table, workers by configuration,
+//! reasons by enums. Every series exists from the start, at 0.
+
+mod catalogue;
+mod slot;
+
+use std::{fmt, sync::OnceLock};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, text},
+    registry::Registry,
+};
+
+pub use catalogue::{CATALOGUE, Kind, Row};
+pub use slot::{Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
+
+/// Content-Type of [`Metrics::encode`]'s text, as prometheus-client names it for its text format.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The label of whatever is in no table.
+const OTHER: &str = "other";
+
+/// Counts that someone else keeps.
+type Reader = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// All counters of the process.
+pub struct Metrics {
+    /// Indexed by shard.
+    shards: Box<[ShardMetrics]>,
+    /// Indexed like vLLM's table, and [`OTHER`] behind its last row.
+    endpoints: Vec<&'static str>,
+    backend: OnceLock<&'static str>,
+    dropped_lines: OnceLock<Reader>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics")
+            .field("shards", &self.shards.len())
+            .field("endpoints", &self.endpoints.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a scrape says of one worker, read where the workers are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerSample {
+    /// Its configured name.
+    pub worker: String,
+    /// Whether it takes requests.
+    pub healthy: bool,
+    /// Requests of this process that run on it now.
+    pub in_flight: u32,
+    /// Attempts sent or tried to be sent.
+    pub attempts: u64,
+    /// Attempts that ended in a transport error.
+    pub transport_errors: u64,
+    /// Connections opened.
+    pub connects: u64,
+}
+
+impl Metrics {
+    /// Slots for `shards` shards and the labels of vLLM's table of endpoints, in the table's order. Requests to
+    /// what the table does not know are counted under the index behind its last one.
+    pub fn new(shards: usize, endpoints: impl IntoIterator<Item = &'static str>) -> Self {
+        let mut endpoints: Vec<&'static str> = endpoints.into_iter().collect();
+        endpoints.push(OTHER);
+        let shards = (0..shards).map(|_| ShardMetrics::new(endpoints.len())).collect();
+        Self { shards, endpoints, backend: OnceLock::new(), dropped_lines: OnceLock::new() }
+    }
+
+    /// The slot of the shard with the number `index`.
+    ///
+    /// # Panics
+    /// If there is no such shard: called when shards are started, never for a request.
+    pub fn shard(&self, index: usize) -> &ShardMetrics {
+        &self.shards[index]
+    }
+
+    /// Says once which kernel interface drives the sockets: `io_uring` or `epoll`.
+    pub fn set_io_backend(&self, backend: &'static str) {
+        self.backend.get_or_init(|| backend);
+    }
+
+    /// Says once how the number of log lines that were dropped is read.
+    pub fn set_dropped_lines(&self, read: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.dropped_lines.get_or_init(|| Box::new(read));
+    }
+
+    /// The text of a scrape; of the workers it says what `workers` holds.
+    ///
+    /// # Errors
+    /// None but the encoder's own, which a `String` never causes.
+    pub fn encode(
+        self: &std::sync::Arc<Self>,
+        workers: Vec<WorkerSample>,
+    ) -> Result<String, std::fmt::Error> {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Scrape { metrics: self.clone(), workers }));
+        let mut text = String::new();
+        text::encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    /// The sum of one figure over all shards.
+    fn sum(&self, read: impl Fn(&ShardMetrics) -> u64) -> u64 {
+        self.shards.iter().map(read).fold(0, u64::wrapping_add)
+    }
+}
+
+/// All that one scrape shows.
+#[derive(Debug)]
+struct Scrape {
+    metrics: std::sync::Arc<Metrics>,
+    workers: Vec<WorkerSample>,
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for row in CATALOGUE {
+            row.encode(self, &mut encoder)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn metrics() -> Arc<Metrics> {
+        Arc::new(Metrics::new(2, ["/v1/chat/completions", "/health"]))
+    }
+
+    fn sample(worker: &str) -> WorkerSample {
+        WorkerSample {
+            worker: worker.to_owned(),
+            healthy: true,
+            in_flight: 3,
+            attempts: 4,
+            transport_errors: 5,
+            connects: 6,
+        }
+    }
+
+    /// The value of the series that begins with `series`.
+    fn value(text: &str, series: &str) -> String {
+        let line = text.lines().find(|line| line.strip_prefix(series).is_some_and(|v| v.starts_with(' ')));
+        line.unwrap_or_else(|| panic!("no series {series} in\n{text}"))[series.len() + 1..].to_owned()
+    }
+
+    #[test]
+    fn every_series_exists_at_zero_from_the_start() {
+        let text = metrics().encode(vec![]).unwrap();
+        for class in StatusClass::ALL {
+            let labels = format!("endpoint=\"/v1/chat/completions\",code=\"{}\"", class.label());
+            assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{labels}}}")), "0");
+        }
+        for reason in Retry::ALL {
+            let series = format!("vllm_proxy_retries_total{{reason=\"{}\"}}", reason.label());
+            assert_eq!(value(&text, &series), "0");
+        }
+        for reason in Refusal::ALL {
+            let series = format!("vllm_proxy_refused_requests_total{{reason=\"{}\"}}", reason.label());
+            assert_eq!(value(&text, &series), "0");
+        }
+        for row in CATALOGUE.iter().filter(|row| !row.per_worker()) {
+            let shown = text.lines().any(|line| !line.starts_with('#') && line.starts_with(row.name));
+            assert!(shown, "{} has no series", row.name);
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn a_scrape_adds_up_the_shards() {
+        let metrics = metrics();
+        for shard in 0..2 {
+            let slot = metrics.shard(shard);
+            slot.connection_opened();
+            slot.began();
+            slot.began();
+            slot.bytes_in(10);
+            slot.bytes_out(100);
+            slot.ended();
+            slot.request_ended(0, 200, Some(30_000));
+            slot.retried(Retry::Refused);
+            slot.refused(Refusal::UnknownModel);
+            slot.panicked();
+        }
+        metrics.shard(1).connection_closed();
+        let text = metrics.encode(vec![]).unwrap();
+        let chat = "endpoint=\"/v1/chat/completions\",code=\"2xx\"";
+        assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat}}}")), "2");
+        assert_eq!(value(&text, "vllm_proxy_requests_in_flight"), "2");
+        assert_eq!(value(&text, "vllm_proxy_connections_open"), "1");
+        assert_eq!(value(&text, "vllm_proxy_connections_total"), "2");
+        assert_eq!(value(&text, "vllm_proxy_received_bytes_total"), "20");
+        assert_eq!(value(&text, "vllm_proxy_sent_bytes_total"), "200");
+        assert_eq!(value(&text, "vllm_proxy_panics_total"), "2");
+        assert_eq!(value(&text, "vllm_proxy_retries_total{reason=\"connect_refused\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_refused_requests_total{reason=\"unknown_model\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_count"), "2");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_sum"), "0.06");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_bucket{le=\"0.02\"}"), "0");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_bucket{le=\"0.04\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_bucket{le=\"+Inf\"}"), "2");
+    }
+
+    #[test]
+    fn what_the_table_does_not_know_is_counted_as_other() {
+        let metrics = metrics();
+        metrics.shard(0).request_ended(2, 404, None);
+        metrics.shard(0).request_ended(usize::MAX, 404, None);
+        let text = metrics.encode(vec![]).unwrap();
+        let other = "endpoint=\"other\",code=\"4xx\"";
+        assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{other}}}")), "2");
+        assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_count"), "0");
+    }
+
+    #[test]
+    fn a_client_that_went_away_has_a_class_of_its_own() {
+        let metrics = metrics();
+        metrics.shard(0).request_ended(0, 499, None);
+        let text = metrics.encode(vec![]).unwrap();
+        let chat = "endpoint=\"/v1/chat/completions\"";
+        assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"499\"}}")), "1");
+        assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"4xx\"}}")), "0");
+    }
+
+    #[test]
+    fn workers_are_shown_by_their_names() {
+        let metrics = metrics();
+        metrics.set_io_backend("epoll");
+        metrics.set_dropped_lines(|| 7);
+        let text = metrics.encode(vec![sample("http://a:8000"), sample("http://b:8000")]).unwrap();
+        for worker in ["http://a:8000", "http://b:8000"] {
+            let series =
+                |name: &str| value(&text, &format!("vllm_proxy_worker_{name}{{worker=\"{worker}\"}}"));
+            assert_eq!(series("health"), "1");
+            assert_eq!(series("in_flight"), "3");
+            assert_eq!(series("attempts_total"), "4");
+            assert_eq!(series("transport_errors_total"), "5");
+            assert_eq!(series("connects_total"), "6");
+        }
+        assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"epoll\"}"), "1");
+        assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"io_uring\"}"), "0");
+        assert_eq!(value(&text, "vllm_proxy_dropped_log_lines_total"), "7");
+    }
+
+    #[test]
+    fn names_are_ours_unique_and_carry_their_unit() {
+        let mut names: Vec<&str> = CATALOGUE.iter().map(|row| row.name).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        for row in CATALOGUE {
+            assert!(row.name.starts_with("vllm_proxy_"), "{}", row.name);
+            assert!(!row.name.ends_with("_total"), "{}: the encoder adds `_total`", row.name);
+            assert_eq!(row.kind == Kind::Histogram, row.name.ends_with("_seconds"), "{}", row.name);
+        }
+    }
+}

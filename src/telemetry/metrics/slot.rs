@@ -1,0 +1,308 @@
+//! What one shard counts.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Upper bounds of the histogram of times to the first byte, in microseconds: vLLM's own buckets of
+/// `vllm:time_to_first_token_seconds` (`operations.md` §4.2), so that both lie over each other in one panel.
+pub const TTFB_BUCKETS_MICROS: [u64; 22] = [
+    1_000,
+    5_000,
+    10_000,
+    20_000,
+    40_000,
+    60_000,
+    80_000,
+    100_000,
+    250_000,
+    500_000,
+    750_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    7_500_000,
+    10_000_000,
+    20_000_000,
+    40_000_000,
+    80_000_000,
+    160_000_000,
+    640_000_000,
+    2_560_000_000,
+];
+
+/// An enum that is a metric label: its values in order, and a word for each.
+macro_rules! labels {
+    ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $label:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$value_doc])* $value,)* }
+
+        impl $name {
+            /// All values, each at the position of its discriminant.
+            pub const ALL: &'static [Self] = &[$(Self::$value,)*];
+
+            /// The word of the metric label.
+            pub fn label(self) -> &'static str {
+                match self { $(Self::$value => $label,)* }
+            }
+        }
+    };
+}
+
+labels! {
+    /// Statuses in groups, as a label: bounded, and what dashboards ask for.
+    StatusClass {
+        /// Switching protocols: the only 1xx that ends an exchange.
+        Informational = "1xx",
+        /// 2xx.
+        Success = "2xx",
+        /// 3xx.
+        Redirect = "3xx",
+        /// 4xx but 499.
+        Client = "4xx",
+        /// 5xx, and whatever is no status.
+        Server = "5xx",
+        /// 499: the client went away before the answer was complete.
+        ClientGone = "499",
+    }
+}
+
+impl StatusClass {
+    /// The group of a status.
+    pub fn of(status: u16) -> Self {
+        match status {
+            499 => Self::ClientGone,
+            100..=199 => Self::Informational,
+            200..=299 => Self::Success,
+            300..=399 => Self::Redirect,
+            400..=498 => Self::Client,
+            _ => Self::Server,
+        }
+    }
+}
+
+labels! {
+    /// Why another attempt was made.
+    Retry {
+        /// The worker could not be connected to: refused, unreachable or timed out.
+        Refused = "connect_refused",
+        /// A reused connection died before its first answer byte.
+        StaleConnection = "stale_connection",
+    }
+}
+
+labels! {
+    /// Why we answered a request with an error of our own.
+    Refusal {
+        /// The bytes are no legal HTTP/1.1 (400).
+        Malformed = "malformed",
+        /// Head, field count or target over the limit (431, 414).
+        HeadTooLarge = "head_too_large",
+        /// Body over the limit (413).
+        BodyTooLarge = "body_too_large",
+        /// Head or body came too slowly (408).
+        ClientTimeout = "client_timeout",
+        /// A path or method that we answer ourselves and do not have (404, 405).
+        UnknownPath = "unknown_path",
+        /// No worker has the model (404).
+        UnknownModel = "unknown_model",
+        /// No worker could be reached, or none is usable (502, 503).
+        NoWorker = "no_worker",
+        /// A worker's answer could not be used (502).
+        BadAnswer = "bad_answer",
+        /// A worker did not answer in time (504).
+        WorkerTimeout = "worker_timeout",
+        /// We are shutting down (503).
+        Draining = "draining",
+        /// A limit of ours on connections or memory (429, 503).
+        Overload = "overload",
+    }
+}
+
+/// One shard's counters. Only the shard writes; anybody may read. A slot lies on cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ShardMetrics {
+    /// Row of an endpoint times [`StatusClass::ALL`]'s length, plus the class.
+    requests: Box<[AtomicU64]>,
+    /// Rows in `requests`, the last one for unknown endpoints. At least 1.
+    endpoints: usize,
+    in_flight: AtomicU64,
+    connections_open: AtomicU64,
+    connections: AtomicU64,
+    received_bytes: AtomicU64,
+    sent_bytes: AtomicU64,
+    /// Indexed like [`TTFB_BUCKETS_MICROS`], and what is above all of them last. Not cumulative.
+    ttfb: [AtomicU64; TTFB_BUCKETS_MICROS.len() + 1],
+    ttfb_sum_micros: AtomicU64,
+    retries: [AtomicU64; Retry::ALL.len()],
+    refusals: [AtomicU64; Refusal::ALL.len()],
+    panics: AtomicU64,
+}
+
+fn zeros<const N: usize>() -> [AtomicU64; N] {
+    std::array::from_fn(|_| AtomicU64::new(0))
+}
+
+fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+fn read(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+impl ShardMetrics {
+    /// A slot at zero; `endpoints` counts the row for unknown ones.
+    pub(super) fn new(endpoints: usize) -> Self {
+        // A multiple of 128 bytes would need an aligned allocation; 16 spare cells behind the last one keep
+        // the next allocation (another shard's cells) off its line.
+        let cells = endpoints * StatusClass::ALL.len() + 16;
+        Self {
+            endpoints,
+            requests: (0..cells).map(|_| AtomicU64::new(0)).collect(),
+            in_flight: AtomicU64::new(0),
+            connections_open: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            ttfb: zeros(),
+            ttfb_sum_micros: AtomicU64::new(0),
+            retries: zeros(),
+            refusals: zeros(),
+            panics: AtomicU64::new(0),
+        }
+    }
+
+    /// A client's connection was accepted.
+    pub fn connection_opened(&self) {
+        add(&self.connections, 1);
+        add(&self.connections_open, 1);
+    }
+
+    /// A client's connection is closed.
+    pub fn connection_closed(&self) {
+        self.connections_open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// An exchange began.
+    pub fn began(&self) {
+        add(&self.in_flight, 1);
+    }
+
+    /// An exchange that [`ShardMetrics::began`] is over, however.
+    pub fn ended(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Counts an exchange: its row in vLLM's table (anything beyond the table is `other`), the status that the
+    /// client got (499: it went away), and the microseconds from the request's first byte to the answer's, if
+    /// there was an answer.
+    pub fn request_ended(&self, endpoint: usize, status: u16, ttfb_micros: Option<u64>) {
+        let row = endpoint.min(self.endpoints - 1);
+        add(&self.requests[row * StatusClass::ALL.len() + StatusClass::of(status) as usize], 1);
+        if let Some(micros) = ttfb_micros {
+            add(&self.ttfb[TTFB_BUCKETS_MICROS.partition_point(|bound| *bound < micros)], 1);
+            add(&self.ttfb_sum_micros, micros);
+        }
+    }
+
+    /// Bytes were received from a client.
+    pub fn bytes_in(&self, bytes: u64) {
+        add(&self.received_bytes, bytes);
+    }
+
+    /// Bytes were sent to a client.
+    pub fn bytes_out(&self, bytes: u64) {
+        add(&self.sent_bytes, bytes);
+    }
+
+    /// Another attempt is made.
+    pub fn retried(&self, reason: Retry) {
+        add(&self.retries[reason as usize], 1);
+    }
+
+    /// A request was answered with an error of our own.
+    pub fn refused(&self, reason: Refusal) {
+        add(&self.refusals[reason as usize], 1);
+    }
+
+    /// A task panicked; its connection is gone.
+    pub fn panicked(&self) {
+        add(&self.panics, 1);
+    }
+
+    pub(super) fn requests(&self, endpoint: usize, class: StatusClass) -> u64 {
+        read(&self.requests[endpoint * StatusClass::ALL.len() + class as usize])
+    }
+
+    pub(super) fn in_flight(&self) -> u64 {
+        read(&self.in_flight)
+    }
+
+    pub(super) fn connections_open(&self) -> u64 {
+        read(&self.connections_open)
+    }
+
+    pub(super) fn connections(&self) -> u64 {
+        read(&self.connections)
+    }
+
+    pub(super) fn received_bytes(&self) -> u64 {
+        read(&self.received_bytes)
+    }
+
+    pub(super) fn sent_bytes(&self) -> u64 {
+        read(&self.sent_bytes)
+    }
+
+    pub(super) fn ttfb_bucket(&self, bucket: usize) -> u64 {
+        read(&self.ttfb[bucket])
+    }
+
+    pub(super) fn ttfb_sum_micros(&self) -> u64 {
+        read(&self.ttfb_sum_micros)
+    }
+
+    pub(super) fn retries(&self, reason: Retry) -> u64 {
+        read(&self.retries[reason as usize])
+    }
+
+    pub(super) fn refusals(&self, reason: Refusal) -> u64 {
+        read(&self.refusals[reason as usize])
+    }
+
+    pub(super) fn panics(&self) -> u64 {
+        read(&self.panics)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_status_has_a_class() {
+        let classes =
+            [101, 200, 206, 307, 404, 499, 500, 503, 0, 600].map(|status| StatusClass::of(status).label());
+        assert_eq!(classes, ["1xx", "2xx", "2xx", "3xx", "4xx", "499", "5xx", "5xx", "5xx", "5xx"]);
+    }
+
+    #[test]
+    fn a_bucket_holds_what_equals_its_bound() {
+        let slot = ShardMetrics::new(1);
+        for micros in [0, 1_000, 1_001, 2_560_000_000, 2_560_000_001] {
+            slot.request_ended(0, 200, Some(micros));
+        }
+        assert_eq!([0, 1, 21, 22].map(|bucket| slot.ttfb_bucket(bucket)), [2, 1, 1, 1]);
+    }
+
+    #[test]
+    fn labels_stand_at_their_discriminants() {
+        for (at, reason) in Refusal::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, at);
+        }
+        for (at, class) in StatusClass::ALL.iter().enumerate() {
+            assert_eq!(*class as usize, at);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The idle connections of one shard.
+//!
+//! Last in, first out: what was used last is least likely to have been closed. uvicorn and vLLM's Rust front
+//! end close an idle connection after 5.0 s, so ours are younger than that; one that is not fresh is asked
+//! for a FIN before it is used again.
+
+use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::Ordering};
+
+use crate::{
+    base::Millis,
+    net::{ReadHalf, ShardClock, WriteHalf, connect},
+    upstream::Settings,
+    workers::Worker,
+};
+
+/// Connections that rested no longer than this are used without a look at the socket, in milliseconds: a
+/// worker closes after seconds, and the retry on a fresh connection covers what is left.
+const FRESH_MS: Millis = 500;
+
+/// An open connection to a worker.
+#[derive(Debug)]
+pub struct Connection {
+    /// What comes from the worker.
+    pub reader: ReadHalf,
+    /// What goes to the worker.
+    pub writer: WriteHalf,
+    /// Whether an exchange has ended on it before, so that the worker may have closed it meanwhile.
+    pub reused: bool,
+    peer: SocketAddr,
+    /// Of the worker's addresses when it was last seen that `peer` is one of them.
+    generation: u64,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    since: Millis,
+}
+
+/// The idle connections of one shard, by worker.
+#[derive(Debug)]
+pub struct Pool {
+    idle_ms: Millis,
+    size: usize,
+    clock: Rc<ShardClock>,
+    /// Indexed by [`Worker::id`]; oldest first.
+    idle: RefCell<Vec<Vec<Idle>>>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(settings: &Settings, clock: Rc<ShardClock>) -> Self {
+        Self {
+            idle_ms: settings.pool_idle_timeout_secs.saturating_mul(1000),
+            size: settings.pool_size,
+            clock,
+            idle: RefCell::default(),
+        }
+    }
+
+    /// An idle connection to `worker` that is not known to be closed.
+    pub fn take(&self, worker: &Worker) -> Option<Connection> {
+        let now = self.clock.now();
+        let mut idle = self.idle.borrow_mut();
+        let list = idle.get_mut(worker.id())?;
+        while let Some(Idle { mut connection, since }) = list.pop() {
+            let rested = now.saturating_sub(since);
+            if rested >= self.idle_ms {
+                // the others are older still
+                list.clear();
+                return None;
+            }
+            if (rested <= FRESH_MS || connection.reader.is_quiet()) && connection.belongs_to(worker) {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    /// Keeps `connection`, on which an exchange with `worker` has ended cleanly.
+    pub fn put(&self, worker: &Worker, mut connection: Connection) {
+        if self.size == 0 || self.idle_ms == 0 {
+            return;
+        }
+        connection.reused = true;
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() <= worker.id() {
+            idle.resize_with(worker.id() + 1, Vec::new);
+        }
+        let list = &mut idle[worker.id()];
+        if list.len() >= self.size {
+            list.remove(0);
+        }
+        list.push(Idle { connection, since: self.clock.now() });
+    }
+
+    /// Closes what has rested too long. To be called every tick.
+    pub fn tick(&self) {
+        let now = self.clock.now();
+        for list in self.idle.borrow_mut().iter_mut() {
+            let old = list.partition_point(|idle| now.saturating_sub(idle.since) >= self.idle_ms);
+            list.drain(..old);
+        }
+    }
+
+    /// Closes every idle connection to `worker`: one of them was found dead.
+    pub fn forget(&self, worker: &Worker) {
+        if let Some(list) = self.idle.borrow_mut().get_mut(worker.id()) {
+            list.clear();
+        }
+    }
+
+    /// Opens a connection to one of the worker's addresses, trying each in turn. The caller limits the time.
+    ///
+    /// # Errors
+    /// The last address' error; `NotFound` while the worker's name has not been resolved.
+    ///
+    /// # Cancellation
+    /// The attempt is given up; nothing leaks.
+    pub async fn open(&self, worker: &Arc<Worker>) -> io::Result<Connection> {
+        let addresses = worker.addresses();
+        let mut error = io::Error::new(io::ErrorKind::NotFound, "the name of the worker is not resolved");
+        let count = addresses.list.len();
+        let turn = worker.counters().connects.fetch_add(1, Ordering::Relaxed) as usize;
+        for n in 0..count {
+            let peer = addresses.list[(turn + n) % count];
+            match connect(peer).await {
+                Ok((reader, writer)) => {
+                    let generation = addresses.generation;
+                    return Ok(Connection { reader, writer, reused: false, peer, generation });
+                }
+                Err(failed) => error = failed,
+            }
+        }
+        Err(error)
+    }
+}
+
+impl Connection {
+    /// Whether its address is still one of the worker's.
+    fn belongs_to(&mut self, worker: &Worker) -> bool {
+        let addresses = worker.addresses();
+        if addresses.generation != self.generation && addresses.list.contains(&self.peer) {
+            self.generation = addresses.generation;
+        }
+        addresses.generation == self.generation
+    }
+}

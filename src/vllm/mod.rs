@@ -1,0 +1,26 @@
+//! What a vLLM server is on the wire, as values. No sockets, no clock.
+//!
+//! - [`endpoints`]: the table of its paths and what the proxy does with each;
+//! - [`facts`] and [`multipart`]: what must be known of a request before a worker can be chosen;
+//! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
+//! - [`models`]: model lists and versions of many workers made into those of one;
+//! - [`aggregate`]: the answers of many workers to one broadcast made into one.
+//!
+//! "vLLM" without a version means 0.32.0 with its Python front end; `golden` in a test's name means recorded
+//! bytes of that server.
+
+pub mod aggregate;
+pub mod endpoints;
+pub mod errors;
+pub mod facts;
+pub mod models;
+pub mod multipart;
+
+#[cfg(test)]
+mod golden;
+
+pub use aggregate::{Aggregate, Combine, aggregate};
+pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup};
+pub use facts::{Facts, Key, ModelFact, Ranges, scan_json};
+pub use models::{ModelCard, lowest_version, merge_models, parse_models};
+pub use multipart::{ModelField, MultipartFact, boundary, query_model};

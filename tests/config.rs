@@ -1,0 +1,225 @@
+use std::process::{Command, Output};
+
+use vllm_proxy::config::{Config, definition};
+
+fn vllm_proxy(environment: &[(&str, &str)], flags: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vllm-proxy"))
+        .env_clear()
+        .envs(environment.iter().copied())
+        .args(flags)
+        .output()
+        .expect("the binary runs")
+}
+
+/// The one line on stderr of a start that is refused as a usage error.
+fn refused(environment: &[(&str, &str)], flags: &[&str]) -> String {
+    let output = vllm_proxy(environment, flags);
+    let stderr = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(2), "{environment:?} {flags:?}: {stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.ends_with('\n'), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(output.stdout.is_empty(), "{stderr}");
+    stderr.trim_end().trim_start_matches("error: ").to_owned()
+}
+
+/// Value and origin of a setting, as `--print-config` shows them.
+fn setting(environment: &[(&str, &str)], flags: &[&str], name: &str) -> (String, String) {
+    let mut all = vec!["--print-config", "--worker-urls", "http://w:1"];
+    all.extend(flags);
+    let output = vllm_proxy(environment, &all);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let table = String::from_utf8(output.stdout).expect("text");
+    let line = table.lines().find(|line| line.split_whitespace().next() == Some(name));
+    let mut words = line.unwrap_or_else(|| panic!("no {name} in {table}")).split_whitespace().skip(1);
+    let value = words.next().expect("a value").to_owned();
+    (value, words.collect::<Vec<_>>().join(" "))
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_and_that_over_the_default() {
+    let environment = [("VLLM_PROXY_PORT", "7")];
+    let pair = |value: &str, origin: &str| (value.to_owned(), origin.to_owned());
+    assert_eq!(setting(&environment, &["--port", "9"], "port"), pair("9", "flag"));
+    assert_eq!(setting(&environment, &[], "port"), pair("7", "environment, VLLM_PROXY_PORT"));
+    assert_eq!(setting(&[], &[], "port"), pair("8000", "default"));
+}
+
+#[test]
+fn every_setting_has_an_environment_variable() {
+    let steps = ["verbose", "quiet", "help", "version", "print_config"];
+    for arg in definition().get_arguments() {
+        let id = arg.get_id().as_str();
+        let name = arg.get_env().and_then(|name| name.to_str());
+        match id {
+            _ if steps.contains(&id) => assert_eq!(name, None),
+            "verbosity" => assert_eq!(name, Some("VLLM_PXY_VERBOSITY")),
+            "log_format" => assert_eq!(name, Some("VLLM_PXY_LOGFORMAT")),
+            "no_color" => assert_eq!(name, Some("NO_COLOR")),
+            _ => assert_eq!(name, Some(format!("VLLM_PROXY_{}", id.to_uppercase()).as_str())),
+        }
+    }
+}
+
+/// A value that no setting takes; where any text is a value, one that the rules refuse.
+fn nonsense(id: &str) -> &'static str {
+    match id {
+        "default_model" => "alias",
+        _ => "no such thing",
+    }
+}
+
+#[test]
+fn a_wrong_value_is_refused_by_the_name_under_which_it_was_given() {
+    let command = definition();
+    let settings = command.get_arguments().filter(|arg| arg.get_env().is_some());
+    let mut count = 0;
+    for arg in settings {
+        let (id, flag) = (arg.get_id().as_str(), arg.get_long().expect("a long flag"));
+        let variable = arg.get_env().and_then(|name| name.to_str()).expect("a variable");
+        if id == "no_color" {
+            continue; // By its convention any value is a yes.
+        }
+        count += 1;
+        let value = nonsense(id);
+        let shown = if id == "worker_api_key" { "***" } else { value };
+        let alias = ["demo", "--static-aliases", "alias:model"];
+        let line = refused(&[(variable, value)], &alias[..if id == "static_aliases" { 1 } else { 3 }]);
+        assert!(line.starts_with(&format!("{variable}={shown} (which sets --{flag}): must be ")), "{line}");
+        if !arg.get_action().takes_values() || id == "no_pin" {
+            continue;
+        }
+        let value = format!("--{flag}={value}");
+        let mut flags = alias.to_vec();
+        flags.push(&value);
+        // The environment is not blamed for the flag's value.
+        let line = refused(&[(variable, "1")], &flags);
+        assert!(line.starts_with(&format!("--{flag}={shown}: must be ")), "{line}");
+    }
+    assert!(count > 20, "{count} settings were tried");
+}
+
+#[test]
+fn values_out_of_range_are_refused_with_what_is_allowed() {
+    for (flag, value, allowed) in [
+        ("--port", "65536", "a port from 0 to 65535"),
+        ("--threads", "0", "a whole number from 1 to 1024"),
+        ("--threads", "1025", "a whole number from 1 to 1024"),
+        ("--max-body-bytes", "0", "a whole number of bytes from 1 to 2^63 - 1"),
+        ("--max-body-bytes", "9223372036854775808", "a whole number of bytes from 1 to 2^63 - 1"),
+        ("--body-peek-bytes", "536870913", "a whole number of bytes, not more than --max-body-bytes"),
+        ("--head-timeout-secs", "0", "a whole number of seconds from 1 to 31536000"),
+        ("--head-timeout-secs", "18446744073709551615", "a whole number of seconds from 1 to 31536000"),
+        ("--shutdown-grace-secs", "-1", "a whole number of seconds from 0 to 31536000"),
+        ("--pool-size", "65537", "a whole number from 0 to 65536"),
+        ("--health-check-interval-secs", "0", "a number of seconds from 0.01 to 31536000"),
+        ("--health-check-interval-secs", "-0.5", "a number of seconds from 0.01 to 31536000"),
+        ("--model-refresh-secs", "NaN", "a number of seconds from 0.01 to 31536000"),
+        ("--dns-refresh-secs", "inf", "a number of seconds from 0.01 to 31536000"),
+        ("--default-model", "", "the name of a model, not empty and not an alias"),
+    ] {
+        let line = refused(&[], &["demo", flag, value]);
+        assert!(line.starts_with(&format!("{flag}={value}: must be {allowed}")), "{line}");
+    }
+}
+
+#[test]
+fn limits_themselves_are_allowed() {
+    for flags in [
+        ["--threads", "1024"],
+        ["--shutdown-grace-secs", "0"],
+        ["--pool-size", "0"],
+        ["--health-check-interval-secs", "0.01"],
+        ["--max-body-bytes", "9223372036854775807"],
+        ["--write-timeout-secs", "31536000"],
+    ] {
+        assert!(Config::from_flags(flags).is_ok(), "{flags:?}");
+    }
+}
+
+#[test]
+fn worker_urls_and_static_backends_are_one_list() {
+    for flags in [
+        &["--worker-urls", "http://a", "http://b:80/"][..],
+        &["--worker-urls", "http://a,http://b"],
+        &["--static-backends", "http://a,http://b"],
+        &["--static-backends", "http://a", "--worker-urls", "http://b", "http://a:80"],
+        &["--worker-urls=http://a", "--worker-urls=http://b"],
+    ] {
+        let config = Config::from_flags(flags.iter().copied()).unwrap();
+        let urls: Vec<_> = config.worker_urls.iter().map(|url| url.as_str()).collect();
+        assert_eq!(urls, ["http://a:80", "http://b:80"], "{flags:?}");
+    }
+    let (urls, _) = setting(&[("VLLM_PROXY_WORKER_URLS", "http://a,http://b")], &[], "worker-urls");
+    assert_eq!(urls, "http://w:1", "a flag replaces the environment's list, it does not add to it");
+}
+
+#[test]
+fn without_a_worker_the_flag_is_named() {
+    for environment in [&[][..], &[("VLLM_PROXY_WORKER_URLS", "")]] {
+        let line = refused(environment, &[]);
+        assert!(line.contains("--worker-urls") && line.contains("VLLM_PROXY_WORKER_URLS"), "{line}");
+    }
+}
+
+#[test]
+fn an_empty_variable_is_not_set() {
+    let (value, origin) = setting(&[("VLLM_PROXY_PORT", ""), ("VLLM_PROXY_IO", "")], &[], "port");
+    assert_eq!((value.as_str(), origin.as_str()), ("8000", "default"));
+}
+
+#[test]
+fn what_kubernetes_puts_into_a_pod_is_no_port() {
+    // https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    let variables = [("VLLM_PROXY_PORT", "tcp://10.0.0.11:8000"), ("VLLM_PROXY_SERVICE_PORT", "8000")];
+    let (value, origin) = setting(&variables, &[], "port");
+    assert_eq!((value.as_str(), origin.as_str()), ("8000", "default"));
+}
+
+#[test]
+fn secrets_are_told_nowhere() {
+    let key = "tops3cret";
+    let (value, _) = setting(&[], &["--worker-api-key", key], "worker-api-key");
+    assert_eq!(value, "***");
+    let variable = [("VLLM_PROXY_WORKER_API_KEY", key)];
+    let help = String::from_utf8(vllm_proxy(&variable, &["--help"]).stdout).unwrap();
+    assert!(help.contains("VLLM_PROXY_WORKER_API_KEY") && !help.contains(key));
+    let line = refused(&[], &["--worker-urls", "http://user:tops3cret@a"]);
+    assert!(line.contains("http://***@a") && !line.contains(key), "{line}");
+    let line = refused(&[], &["demo", "--worker-api-key", "tops3cret\n"]);
+    assert!(!line.contains(key), "{line}");
+}
+
+#[test]
+fn unknown_flags_are_refused_with_the_nearest_one() {
+    let line = refused(&[], &["--worker-url", "http://a"]);
+    assert!(
+        line.contains("--worker-url") && line.contains("tip: ") && line.contains("--worker-urls"),
+        "{line}"
+    );
+}
+
+#[test]
+fn steps_of_v_and_q_are_counted_from_the_environment() {
+    let environment = [("VLLM_PXY_VERBOSITY", "warning")];
+    for (flags, verbosity) in [
+        (&[][..], "Warning"),
+        (&["-v"], "Info"),
+        (&["-vvv"], "Verbose"),
+        (&["-v", "-v", "-q"], "Info"),
+        (&["-qqqq"], "Error"),
+        (&["--verbose", "--verbose", "--verbose", "--verbose", "--verbose"], "Loud"),
+    ] {
+        assert_eq!(setting(&environment, flags, "verbosity").0, verbosity, "{flags:?}");
+    }
+}
+
+#[test]
+fn help_and_version_do_not_need_a_reader() {
+    for flag in ["--help", "--version"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let status =
+            Command::new(env!("CARGO_BIN_EXE_vllm-proxy")).arg(flag).stdout(writer).status().unwrap();
+        assert!(status.success(), "{flag}: {status}");
+    }
+}
