@@ -1,0 +1,165 @@
+//! Draining: what runs is finished, nothing new is taken, and then it is over.
+
+use std::{
+    net::TcpStream,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::support::{
+    Client, Gate, Io, Variant, Worker, client, eventually, patience, proxy, script, sse_event, variants, worker,
+    worker::{own_ip, sse_end, sse_head},
+};
+
+fn streaming_worker(gate: &Gate) -> Worker {
+    let events = script().send(sse_head()).send(sse_event("one")).wait(gate).send(sse_event("two")).send(sse_end());
+    worker().on("/v1/chat/completions", events).start()
+}
+
+variants! {
+    fn draining_finishes_what_runs_and_takes_nothing_new(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "60").start();
+        let mut running = proxy.client();
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        let mut idle = proxy.client();
+        idle.get("/health").expect(200);
+        let addr = proxy.addr();
+        proxy.drain();
+        idle.expect_closed();
+        eventually("new connections are refused", || TcpStream::connect(addr).is_err());
+        assert_eq!(gate.waiting(), 1, "the running stream was cut");
+        gate.open();
+        running.read_until("\"two\"");
+        running.read_until("0\r\n\r\n");
+        running.expect_closed();
+        proxy.wait();
+    }
+
+    fn draining_ends_at_once_when_nothing_runs(v: Variant) {
+        let worker = worker().start();
+        let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "3600").start();
+        let mut idle = proxy.client();
+        idle.chat("m").expect(200);
+        proxy.drain();
+        proxy.drain();
+        proxy.wait();
+        idle.expect_closed();
+    }
+
+    fn what_outlives_the_grace_period_is_cut(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "1").start();
+        let mut running = proxy.client();
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        proxy.drain();
+        proxy.wait();
+        eventually("the worker is let go", || worker.only_request().gone.is_some());
+        while running.fill(patience()).is_ok() {}
+        let seen = running.seen.escape_ascii().to_string();
+        assert!(!seen.ends_with("0\\r\\n\\r\\n") || seen.contains("error"), "the cut stream looks finished: {seen}");
+    }
+
+    fn the_last_answer_while_draining_says_close(v: Variant) {
+        let gate = Gate::new();
+        let worker = worker().holds(&gate).start();
+        let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "60").start();
+        let mut client = proxy.client();
+        client.send(client::post("/v1/chat/completions", client::chat("m")));
+        eventually("it runs", || gate.waiting() == 1);
+        proxy.drain();
+        let addr = proxy.addr();
+        eventually("new connections are refused", || TcpStream::connect(addr).is_err());
+        gate.open();
+        let answer = client.response().expect(200);
+        assert_eq!(answer.completion(), "ok");
+        let connection = answer.header("connection").map(|value| value.to_lowercase());
+        assert_eq!(connection.as_deref(), Some("close"), "{answer}");
+        client.expect_closed();
+        proxy.wait();
+    }
+
+    fn the_binary_drains_on_sigterm_and_exits_0(v: Variant) {
+        for signal in ["-TERM", "-INT"] {
+            let gate = Gate::new();
+            let worker = streaming_worker(&gate);
+            let mut binary = Binary::start(v, &worker);
+            let mut running = Client::connect(binary.addr);
+            running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+            running.read_until("\"one\"");
+            binary.kill(signal);
+            let addr = binary.addr;
+            eventually("new connections are refused", || TcpStream::connect(addr).is_err());
+            assert_eq!(binary.child.try_wait().unwrap(), None, "it did not wait for the stream");
+            gate.open();
+            running.read_until("0\r\n\r\n");
+            let status = binary.exit();
+            assert_eq!(status.code(), Some(0), "{signal}: {status}");
+        }
+    }
+
+    fn the_second_signal_ends_the_binary_at_once(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let mut binary = Binary::start(v, &worker);
+        let mut running = Client::connect(binary.addr);
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        binary.kill("-TERM");
+        let addr = binary.addr;
+        eventually("it drains", || TcpStream::connect(addr).is_err());
+        let second = Instant::now();
+        binary.kill("-TERM");
+        binary.exit();
+        assert!(second.elapsed() < Duration::from_secs(10), "{:?}", second.elapsed());
+        eventually("the worker is let go", || worker.only_request().gone.is_some());
+    }
+}
+
+/// The real program, as a process of its own; killed when dropped.
+struct Binary {
+    child: Child,
+    addr: std::net::SocketAddr,
+}
+
+impl Binary {
+    fn start(variant: Variant, worker: &Worker) -> Self {
+        // an address of its own, so that a fixed port is free
+        let addr = std::net::SocketAddr::new(own_ip(), 8000);
+        let io = if variant.io == Io::Uring { "uring" } else { "epoll" };
+        let child = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"))
+            .args(["--host", &addr.ip().to_string(), "--port", "8000", "--no-pin", "--io", io])
+            .args(["--threads", &variant.shards.to_string(), "--shutdown-grace-secs", "60"])
+            .args(["--worker-urls", &worker.url()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("cannot start the binary");
+        let mut binary = Self { child, addr };
+        eventually("the binary serves", || {
+            assert_eq!(binary.child.try_wait().unwrap(), None, "it ended by itself");
+            TcpStream::connect(addr).is_ok() && Client::connect(addr).get("/health").status == 200
+        });
+        binary
+    }
+
+    fn kill(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+
+    fn exit(&mut self) -> ExitStatus {
+        eventually("the binary has ended", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Binary {
+    fn drop(&mut self) {
+        self.child.kill().unwrap_or_default();
+        self.child.wait().map(drop).unwrap_or_default();
+    }
+}
