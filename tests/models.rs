@@ -1,8 +1,7 @@
 //! Which worker a request goes to, by its model's name; aliases, default model, adapters, unknown names.
 
 use crate::support::{
-    Response, Worker, client, eventually, json_answer, proxy, script, variants, worker,
-    worker::Request,
+    Response, Worker, client, eventually, json_answer, proxy, script, variants, worker, worker::Request,
 };
 
 /// Two workers, one with model `a`, the other with model `b`; both answer whatever they are asked with the body.
@@ -17,8 +16,11 @@ fn names(workers: &[Worker; 2]) -> String {
 fn form(parts: &[(&str, Option<&str>, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (name, file, data) in parts {
-        let file = file.map(|file| format!("; filename=\"{file}\"\r\nContent-Type: audio/wav")).unwrap_or_default();
-        bytes.extend(format!("--XyZ\r\nContent-Disposition: form-data; name=\"{name}\"{file}\r\n\r\n").into_bytes());
+        let file =
+            file.map(|file| format!("; filename=\"{file}\"\r\nContent-Type: audio/wav")).unwrap_or_default();
+        bytes.extend(
+            format!("--XyZ\r\nContent-Disposition: form-data; name=\"{name}\"{file}\r\n\r\n").into_bytes(),
+        );
         bytes.extend_from_slice(data);
         bytes.extend_from_slice(b"\r\n");
     }

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Client, Io, Response, Worker, answer, client, dead_url, eventually, json_answer, proxy, script, variants, worker,
+    Client, Io, Response, Worker, answer, client, dead_url, eventually, json_answer, proxy, script, variants,
+    worker,
 };
 
 /// Header names in order: uvicorn's shape.
@@ -12,8 +13,12 @@ fn names(answer: &Response) -> Vec<String> {
 }
 
 fn bodies(worker: &Worker, path: &str) -> Vec<(String, String)> {
-    worker.all_requests().into_iter().filter(|got| got.path() == path && got.method != "GET")
-        .map(|got| (got.target, String::from_utf8(got.body).unwrap())).collect()
+    worker
+        .all_requests()
+        .into_iter()
+        .filter(|got| got.path() == path && got.method != "GET")
+        .map(|got| (got.target, String::from_utf8(got.body).unwrap()))
+        .collect()
 }
 
 variants! {
@@ -227,6 +232,8 @@ variants! {
 fn page_sum(page: &Response, endpoint: &str, code: &str) -> f64 {
     let (endpoint, code) = (format!("\"{endpoint}\""), format!("\"{code}\""));
     let lines = page.text().lines().filter(|line| line.starts_with("vllm_proxy_requests_total"));
-    lines.filter(|line| line.contains(&endpoint) && line.contains(&code))
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    lines
+        .filter(|line| line.contains(&endpoint) && line.contains(&code))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
 }

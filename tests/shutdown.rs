@@ -7,12 +7,14 @@ use std::{
 };
 
 use crate::support::{
-    Client, Gate, Io, Variant, Worker, client, eventually, patience, proxy, script, sse_event, variants, worker,
+    Client, Gate, Io, Variant, Worker, client, eventually, patience, proxy, script, sse_event, variants,
+    worker,
     worker::{own_ip, sse_end, sse_head},
 };
 
 fn streaming_worker(gate: &Gate) -> Worker {
-    let events = script().send(sse_head()).send(sse_event("one")).wait(gate).send(sse_event("two")).send(sse_end());
+    let events =
+        script().send(sse_head()).send(sse_event("one")).wait(gate).send(sse_event("two")).send(sse_end());
     worker().on("/v1/chat/completions", events).start()
 }
 
