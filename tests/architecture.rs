@@ -21,7 +21,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("admin",       &["base", "telemetry", "workers", "control"]),
     ("healthcheck", &["base", "workers"]),
     ("config",      &["base", "telemetry", "workers", "healthcheck", SETTINGS]),
-    ("demo",        &["base", "telemetry", "config", "app", "http", "vllm"]),
+    ("demo",        &["base", "telemetry", "workers", "http", "vllm"]),
     ("app",         &[EVERYTHING]),
 ];
 

@@ -69,8 +69,13 @@ pub async fn serve(cx: Rc<Context>, reader: ReadHalf, writer: WriteHalf) {
 async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
     let inbox = Inbox::new();
     let mut reading = pin!(keep_reading(reader, &inbox, &cx.buffers));
-    let mut talking = pin!(converse(cx, &inbox, writer));
+    let watch = cx.watches.watch();
+    let mut talking = pin!(converse(cx, &inbox, writer, watch.clone()));
     poll_fn(|context| {
+        watch.belongs_to(context.waker());
+        if watch.is_cut() {
+            return Poll::Ready(());
+        }
         loop {
             if talking.as_mut().poll(context).is_ready() {
                 return Poll::Ready(());
@@ -88,9 +93,9 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
     cx.metrics().bytes_in(inbox.take_received());
 }
 
-async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf) {
+async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watch>) {
     let (request, answer, scratch, head) = Default::default();
-    let outlet = Outlet { cx, writer, watch: cx.watches.watch(), answer, scratch };
+    let outlet = Outlet { cx, writer, watch, answer, scratch };
     let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
     loop {
         let after = match client.read_head().await {
@@ -132,6 +137,11 @@ impl Client<'_> {
                 Err(_) => return Err(Failure::Late),
             };
         }
+    }
+
+    /// How much of a body is read before what does not depend on it goes on.
+    pub(super) fn peek_bytes(&self) -> usize {
+        usize::try_from(self.cx.settings.body_peek_bytes).unwrap_or(usize::MAX)
     }
 
     /// Answers a failure, if there is anybody to answer.

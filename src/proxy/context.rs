@@ -157,6 +157,11 @@ impl Context {
         self.watches.drain();
     }
 
+    /// From now on every connection ends where it stands.
+    pub fn cut(&self) {
+        self.watches.cut();
+    }
+
     /// What has to happen every [`crate::net::TICK_MS`].
     pub fn tick(&self) {
         self.watches.tick();
