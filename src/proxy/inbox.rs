@@ -174,6 +174,8 @@ impl Inbox {
 pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &Buffers) {
     loop {
         let (buffer, targeted) = poll_fn(|_| match inbox.mode.get() {
+            // what is queued came first and must be taken first
+            Mode::Demand if !inbox.queue.borrow().is_empty() => Poll::Pending,
             Mode::Demand => match inbox.target.take() {
                 Some(target) => Poll::Ready((target, true)),
                 None if inbox.wanted.get() && inbox.queue.borrow().is_empty() => {
