@@ -42,7 +42,8 @@ fn main() -> io::Result<()> {
 
 fn answers(events: usize) -> Answers {
     let filler = "x".repeat(230);
-    let json = format!(r#"{{"id":"chatcmpl-1","object":"chat.completion","choices":[{{"text":"{filler}"}}]}}"#);
+    let json =
+        format!(r#"{{"id":"chatcmpl-1","object":"chat.completion","choices":[{{"text":"{filler}"}}]}}"#);
     let mut parts = vec![
         b"HTTP/1.1 200 OK\r\ndate: Sat, 21 Nov 2026 09:10:03 GMT\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n".to_vec(),
     ];
