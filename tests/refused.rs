@@ -6,18 +6,48 @@ use crate::support::{Client, client, eventually, proxy, variants, worker};
 fn illegal() -> Vec<(String, Vec<u8>)> {
     let mut all: Vec<(String, Vec<u8>)> = Vec::new();
     let mut head = |name: &str, lines: &str| {
-        all.push((name.to_owned(), format!("POST /e HTTP/1.1\r\nHost: a\r\n{lines}\r\n\r\nhello").into_bytes()));
+        all.push((
+            name.to_owned(),
+            format!("POST /e HTTP/1.1\r\nHost: a\r\n{lines}\r\n\r\nhello").into_bytes(),
+        ));
     };
-    for value in ["+5", "-5", "0x5", "5_0", "5 5", "", "five", "9223372036854775809", "5,5", "5, 6", "5;", "\"5\"", "5.0"] {
+    for value in [
+        "+5",
+        "-5",
+        "0x5",
+        "5_0",
+        "5 5",
+        "",
+        "five",
+        "9223372036854775809",
+        "5,5",
+        "5, 6",
+        "5;",
+        "\"5\"",
+        "5.0",
+    ] {
         head(&format!("content-length {value:?}"), &format!("Content-Length: {value}"));
     }
     head("two lengths", "Content-Length: 5\r\ncontent-length: 6");
     head("two equal lengths", "Content-Length: 5\r\nContent-Length: 5");
     head("length and coding", "Content-Length: 5\r\nTransfer-Encoding: chunked");
     head("coding and length", "tRANSFER-eNCODING: cHUNKED\r\ncONTENT-lENGTH: 5");
-    for value in ["gzip", "gzip, chunked", "chunked, gzip", "chunked, chunked", "identity", "\"chunked\"", "chunked,", ",chunked",
-        "chunked;q=1", "xchunked", "chunked x", "", ",", "chunked\u{b}"]
-    {
+    for value in [
+        "gzip",
+        "gzip, chunked",
+        "chunked, gzip",
+        "chunked, chunked",
+        "identity",
+        "\"chunked\"",
+        "chunked,",
+        ",chunked",
+        "chunked;q=1",
+        "xchunked",
+        "chunked x",
+        "",
+        ",",
+        "chunked\u{b}",
+    ] {
         head(&format!("transfer-encoding {value:?}"), &format!("Transfer-Encoding: {value}"));
     }
     head("two codings", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked");
@@ -43,29 +73,74 @@ fn illegal() -> Vec<(String, Vec<u8>)> {
     for name in ["X A", "X(A", "X\"A", "X/A", "X@A", "X{A", "X\u{e9}A"] {
         head(&format!("name {name}"), &format!("{name}: 1"));
     }
-    for line in ["GET / HTTP/1.2", "GET / HTTP/2.0", "GET / HTTP/0.9", "GET / http/1.1", "GET / HTTP/1.1 ", "GET /", "GET  / HTTP/1.1",
-        " GET / HTTP/1.1", "GET /a b HTTP/1.1", "GET * HTTP/1.1", "GET a HTTP/1.1", "G@T / HTTP/1.1", "/ HTTP/1.1", "GET / HTTP/1.1x",
-        "GET /\u{1} HTTP/1.1", "GET /\u{7f} HTTP/1.1", "GET\t/ HTTP/1.1", "GET / HTTP/1.10", "GET /\u{e9} HTTP/1.1", "PRI * HTTP/2.0"]
-    {
+    for line in [
+        "GET / HTTP/1.2",
+        "GET / HTTP/2.0",
+        "GET / HTTP/0.9",
+        "GET / http/1.1",
+        "GET / HTTP/1.1 ",
+        "GET /",
+        "GET  / HTTP/1.1",
+        " GET / HTTP/1.1",
+        "GET /a b HTTP/1.1",
+        "GET * HTTP/1.1",
+        "GET a HTTP/1.1",
+        "G@T / HTTP/1.1",
+        "/ HTTP/1.1",
+        "GET / HTTP/1.1x",
+        "GET /\u{1} HTTP/1.1",
+        "GET /\u{7f} HTTP/1.1",
+        "GET\t/ HTTP/1.1",
+        "GET / HTTP/1.10",
+        "GET /\u{e9} HTTP/1.1",
+        "PRI * HTTP/2.0",
+    ] {
         all.push((format!("line {line:?}"), format!("{line}\r\nHost: a\r\n\r\n").into_bytes()));
     }
     all.push(("no host".to_owned(), b"GET / HTTP/1.1\r\n\r\n".to_vec()));
     all.push(("host with userinfo".to_owned(), b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n".to_vec()));
     all.push(("host with a path".to_owned(), b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n".to_vec()));
-    all.push(("chunked in 1.0".to_owned(), b"POST /e HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".to_vec()));
+    all.push((
+        "chunked in 1.0".to_owned(),
+        b"POST /e HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".to_vec(),
+    ));
     all.push(("bare lf".to_owned(), b"GET / HTTP/1.1\nHost: a\n\n".to_vec()));
     all.push(("tls".to_owned(), b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03".to_vec()));
-    all.push(("cr cr lf".to_owned(), b"GET / HTTP/1.1\r\nHost: a\r\n\r\r\nGET /evil HTTP/1.1\r\nHost: a\r\n\r\n".to_vec()));
-    for body in ["+1\r\na\r\n0\r\n\r\n", "-1\r\n", "0x1\r\na\r\n0\r\n\r\n", "1_0\r\na\r\n", "\r\n", " 1\r\na\r\n0\r\n\r\n", "1 \r\na\r\n0\r\n\r\n",
-        "1\na\r\n0\r\n\r\n", "1\r\naX\r\n0\r\n\r\n", "1\r\nab\r\n0\r\n\r\n", "11111111111111111\r\n", "g\r\n", "1;a\nb\r\na\r\n0\r\n\r\n",
-        "1;a=\"b\r\na\r\n0\r\n\r\n", "1;a\u{1}\r\na\r\n0\r\n\r\n", "0\r\nContent-Length: 1\r\n\r\n", "0\r\nTransfer-Encoding: x\r\n\r\n",
-        "0\r\nHost: b\r\n\r\n", "0\r\nX A: b\r\n\r\n", "0\r\n X: b\r\n\r\n", "0\nX: b\r\n\r\n"]
-    {
+    all.push((
+        "cr cr lf".to_owned(),
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\r\nGET /evil HTTP/1.1\r\nHost: a\r\n\r\n".to_vec(),
+    ));
+    for body in [
+        "+1\r\na\r\n0\r\n\r\n",
+        "-1\r\n",
+        "0x1\r\na\r\n0\r\n\r\n",
+        "1_0\r\na\r\n",
+        "\r\n",
+        " 1\r\na\r\n0\r\n\r\n",
+        "1 \r\na\r\n0\r\n\r\n",
+        "1\na\r\n0\r\n\r\n",
+        "1\r\naX\r\n0\r\n\r\n",
+        "1\r\nab\r\n0\r\n\r\n",
+        "11111111111111111\r\n",
+        "g\r\n",
+        "1;a\nb\r\na\r\n0\r\n\r\n",
+        "1;a=\"b\r\na\r\n0\r\n\r\n",
+        "1;a\u{1}\r\na\r\n0\r\n\r\n",
+        "0\r\nContent-Length: 1\r\n\r\n",
+        "0\r\nTransfer-Encoding: x\r\n\r\n",
+        "0\r\nHost: b\r\n\r\n",
+        "0\r\nX A: b\r\n\r\n",
+        "0\r\n X: b\r\n\r\n",
+        "0\nX: b\r\n\r\n",
+    ] {
         let head = "POST /e HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
         all.push((format!("chunks {body:?}"), format!("{head}{body}").into_bytes()));
     }
     let long = format!("1;{}\r\na\r\n0\r\n\r\n", "a".repeat(5000));
-    all.push(("5 KB of extension".to_owned(), format!("POST /e HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{long}").into_bytes()));
+    all.push((
+        "5 KB of extension".to_owned(),
+        format!("POST /e HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{long}").into_bytes(),
+    ));
     all
 }
 

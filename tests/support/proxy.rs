@@ -104,7 +104,7 @@ impl Builder {
             assert_eq!(uring, variant.io == Io::Uring, "asked for {:?}, got {driver}", variant.io);
         }
         let proxy = Proxy { addr: running.addr(), driver, running: Some(running) };
-        if self.wait {
+        if self.wait && !self.expected.is_empty() {
             proxy.wait_for_workers(&self.expected);
         }
         proxy
