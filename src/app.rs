@@ -4,6 +4,7 @@
 //! accepted before the first round of probes has ended.
 
 use std::{
+    io::Write,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     sync::{Arc, mpsc},
     thread::JoinHandle,
@@ -17,7 +18,7 @@ use crate::{
     admin,
     base::Clock,
     config::Config,
-    control,
+    control, demo,
     net::{self, Driver},
     proxy, shard,
     shard::Orders,
@@ -177,6 +178,9 @@ impl Running {
     }
 }
 
+/// Workers of the demo: enough to see that requests spread.
+const DEMO_WORKERS: usize = 3;
+
 /// How often a running process looks whether a shard has ended that should not have.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -185,12 +189,33 @@ const LOOK: Duration = Duration::from_millis(200);
 /// # Errors
 /// As [`start`]; a shard that ended unasked; a second signal.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    run_until_signal(config, |_| Ok(()))
+}
+
+/// Serves before three fake workers of our own, and prints how to try it.
+///
+/// # Errors
+/// As [`run`]; the fake workers cannot be started; stdout is closed.
+pub fn demo(config: Config) -> anyhow::Result<()> {
+    let workers = demo::start_workers(DEMO_WORKERS).context("cannot start the fake workers")?;
+    let config = Config { worker_urls: workers.urls().to_vec(), ..config };
+    run_until_signal(config, |address| {
+        let text = demo::text(address, &workers);
+        std::io::stdout().write_all(text.as_bytes()).context("cannot print")
+    })
+}
+
+fn run_until_signal(
+    config: Config,
+    started: impl FnOnce(SocketAddr) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let signals = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _entered = signals.enter();
     // caught from the first moment on, so that a signal during the start is not lost
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let running = start(config)?;
+    started(running.addr())?;
     signals.block_on(async {
         loop {
             tokio::select! {

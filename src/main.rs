@@ -21,7 +21,7 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     let ended = match config::command(std::env::args_os()) {
         Ok(Command::Serve(config)) => logging(*config, app::run),
-        Ok(Command::Demo(config)) => logging(*config, demo),
+        Ok(Command::Demo(config)) => logging(*config, app::demo),
         Ok(Command::Healthcheck(settings)) => healthcheck::run(&settings).map_err(Into::into),
         Ok(Command::Print(text)) => print(&text),
         Err(refused) => return failed(&refused.to_string(), USAGE),
@@ -38,10 +38,6 @@ fn logging(config: Config, run: fn(Config) -> anyhow::Result<()>) -> anyhow::Res
         tracing::warn!(limit, "few files may be open at once; raise the limit (ulimit -n) for many clients");
     }
     run(config)
-}
-
-fn demo(_config: Config) -> anyhow::Result<()> {
-    anyhow::bail!("not wired yet")
 }
 
 fn print(text: &str) -> anyhow::Result<()> {

@@ -18,10 +18,10 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("proxy",       &["base", "telemetry", "net", "http", "vllm", "workers", "routing", "upstream"]),
     ("shard",       &["base", "telemetry", "proxy", "net", "workers"]),
     ("control",     &["base", "telemetry", "workers", "vllm", "routing"]),
-    ("admin",       &["base", "telemetry", "workers", "control"]),
+    ("admin",       &["base", "telemetry", "workers", "vllm", "http", "control"]),
     ("healthcheck", &["base", "workers"]),
     ("config",      &["base", "telemetry", "workers", "healthcheck", SETTINGS]),
-    ("demo",        &["base", "telemetry", "config", "app", "http", "vllm"]),
+    ("demo",        &["base", "telemetry", "workers", "http", "vllm"]),
     ("app",         &[EVERYTHING]),
 ];
 

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use serde_json::Value;
 use vllm_proxy::http::{
-    ChunkTracker, RequestError, RequestFraming, RequestHead, ResponseFraming, ResponseHead,
+    ChunkTracker, DownstreamHead, OutFraming, RequestError, RequestFraming, RequestHead, ResponseFraming,
+    ResponseHead, Version,
 };
 
 /// How a connection's bytes were read.
@@ -300,4 +301,42 @@ fn no_vector_reads_differently_when_it_is_split() {
             check_request(&bytes, cuts);
         }
     }
+}
+
+#[test]
+fn the_heads_of_a_real_vllm_pass_unchanged() {
+    let Some(folder) = folder() else { return };
+    let golden = folder.join("../real-vllm/golden");
+    let sets = std::fs::read_dir(&golden).unwrap_or_else(|error| panic!("{}: {error}", golden.display()));
+    let files = sets.flatten().flat_map(|set| std::fs::read_dir(set.path()).into_iter().flatten().flatten());
+    let mut seen = 0;
+    for path in files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|end| end == "resp"))
+    {
+        let bytes = std::fs::read(&path).expect("a golden file can be read");
+        let (mut head, mut rest) = (ResponseHead::default(), bytes.as_slice());
+        while let Ok(Some(end)) = head.parse(rest, false) {
+            let out = DownstreamHead {
+                version: Version::Http11,
+                framing: OutFraming::AsReceived,
+                keep_alive: head.keep_alive(),
+                extra: &[],
+            };
+            let mut written = Vec::new();
+            head.write_downstream(&mut written, &out);
+            // What is said about the connection is about ours, so it may stand elsewhere.
+            let passed = |bytes: &[u8]| {
+                let text = String::from_utf8_lossy(bytes).into_owned();
+                let lines = text.split_inclusive("\r\n").map(str::to_owned);
+                lines.filter(|line| !line.to_lowercase().starts_with("connection:")).collect::<String>()
+            };
+            assert_eq!(passed(&written), passed(&rest[..end]), "{}", path.display());
+            rest = &rest[end..];
+            seen += 1;
+            if head.status() >= 200 {
+                break;
+            }
+        }
+        assert!(head.status() >= 200 || bytes.is_empty(), "{} has no answer we read", path.display());
+    }
+    assert!(seen > 100, "only {seen} heads");
 }

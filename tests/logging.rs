@@ -62,7 +62,6 @@ fn dev_full() -> File {
 }
 
 #[test]
-#[ignore = "the composition root is not wired yet"]
 fn a_full_disk_does_not_end_the_proxy() {
     let mut child = proxy(dev_full());
     started(&mut child);
@@ -70,7 +69,6 @@ fn a_full_disk_does_not_end_the_proxy() {
 }
 
 #[test]
-#[ignore = "the composition root is not wired yet"]
 fn a_closed_stdout_does_not_end_the_proxy() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
@@ -80,7 +78,6 @@ fn a_closed_stdout_does_not_end_the_proxy() {
 }
 
 #[test]
-#[ignore = "the composition root is not wired yet"]
 fn a_stdout_that_nobody_reads_does_not_hold_the_proxy() {
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     // The pipe is full, so that the very first record sticks.

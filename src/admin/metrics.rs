@@ -5,13 +5,13 @@ use std::sync::{Arc, atomic::Ordering};
 use axum::{
     Router,
     extract::State,
-    http::header,
+    http::{HeaderMap, header},
     response::{IntoResponse, Response},
     routing::get,
 };
 
 use crate::admin::{Admin, Definition, respond};
-use crate::telemetry::metrics::{CONTENT_TYPE, WorkerSample};
+use crate::telemetry::metrics::{Exposition, WorkerSample};
 use crate::workers::Worker;
 
 /// The row of this endpoint.
@@ -27,10 +27,12 @@ pub(super) const DEFINITION: Definition = Definition {
     },
 };
 
-async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let format = Exposition::accepted(accept);
     let samples = admin.control.fleet().load().workers.iter().map(|worker| sample(worker)).collect();
-    match admin.metrics.encode(samples) {
-        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
+    match admin.metrics.encode(format, samples) {
+        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
         Err(_) => respond::internal("the metrics could not be written"),
     }
 }

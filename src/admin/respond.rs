@@ -5,18 +5,18 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::Response,
 };
-use serde_json::json;
 
 use crate::control::AttemptError;
+use crate::vllm::errors;
 
 /// A path that is no endpoint here.
 pub(super) fn not_found() -> Response {
-    json(StatusCode::NOT_FOUND, json!({"detail": "Not Found"}).to_string().into_bytes())
+    json(StatusCode::NOT_FOUND, errors::detail("Not Found"))
 }
 
 /// A method that the path does not have; axum adds `allow`.
 pub(super) fn method_not_allowed() -> Response {
-    json(StatusCode::METHOD_NOT_ALLOWED, json!({"detail": "Method Not Allowed"}).to_string().into_bytes())
+    json(StatusCode::METHOD_NOT_ALLOWED, errors::detail("Method Not Allowed"))
 }
 
 /// The request's body is over the limit.
@@ -69,10 +69,8 @@ fn failure(status: StatusCode, message: &str) -> Response {
 }
 
 fn body(status: StatusCode, message: &str) -> Vec<u8> {
-    let kind = status.canonical_reason().unwrap_or("Error");
-    json!({"error": {"message": message, "type": kind, "param": null, "code": status.as_u16()}})
-        .to_string()
-        .into_bytes()
+    let code = status.as_u16();
+    errors::openai(message, errors::status_phrase(code), None, code)
 }
 
 fn json(status: StatusCode, body: Vec<u8>) -> Response {

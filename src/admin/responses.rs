@@ -5,7 +5,7 @@
 //! one (`previous_response_id`) goes to the holder of that; without one, any worker of the model answers the 404 in
 //! its own words.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -16,11 +16,15 @@ use axum::{
     routing::{get, post},
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::timeout;
 
 use crate::admin::{Admin, Definition, forward::copy, forward::forward, respond};
 use crate::control::{self, AttemptError};
 use crate::vllm::{Facts, Key, scan_json};
 use crate::workers::{Resolved, Worker};
+
+/// Time for the heads of all answers: looking a response up is no work, and a stream of it begins at once.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// The row of these endpoints.
 pub(super) const DEFINITION: Definition = Definition {
@@ -101,23 +105,28 @@ enum Asked {
 }
 
 /// Sends the head, without a body, to all usable workers. The first answer that is neither a 404 nor a 5xx
-/// decides; the others are dropped. Without one, a 5xx comes before a 404, because it may be the holder's.
+/// decides; the others are dropped. Without one, a 5xx or a silence comes before a 404, because it may be the
+/// holder's; a worker that cannot be reached holds nothing any more.
 async fn ask(admin: &Admin, head: &request::Parts) -> Asked {
     let workers = admin.workers(None);
     let mut asked: FuturesUnordered<_> = workers
         .iter()
-        .map(|worker| async move { (worker, forward(admin, worker, copy(head, Body::empty())).await) })
+        .map(|worker| async move {
+            let answer = timeout(LIMIT, forward(admin, worker, copy(head, Body::empty()))).await;
+            (worker, answer.unwrap_or(Err(AttemptError::Late)))
+        })
         .collect();
-    let (mut missing, mut broken, mut failure) = (None, None, None);
+    let (mut missing, mut unclear, mut failed) = (None, None, None);
     while let Some((worker, answer)) = asked.next().await {
         match answer {
             Ok(answer) if answer.status() == StatusCode::NOT_FOUND => missing = Some(answer),
-            Ok(answer) if answer.status().is_server_error() => broken = Some(answer),
+            Ok(answer) if answer.status().is_server_error() => unclear = Some(answer),
             Ok(answer) => return Asked::Holder(worker.clone(), answer),
-            Err(error) => failure = Some(respond::attempt(&error)),
+            Err(error @ AttemptError::Late) => unclear = Some(respond::attempt(&error)),
+            Err(error) => failed = Some(respond::attempt(&error)),
         }
     }
-    Asked::Nobody(broken.or(missing).or(failure).unwrap_or_else(respond::no_worker))
+    Asked::Nobody(unclear.or(missing).or(failed).unwrap_or_else(respond::no_worker))
 }
 
 /// The head of `GET path` in the name of the client that sent `head`.

@@ -3,7 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
-    sync::atomic::Ordering,
+    sync::{atomic::Ordering, mpsc},
 };
 
 use super::*;
@@ -11,9 +11,9 @@ use crate::control::{
     Handle, Parts, Settings,
     fake::{Asked, Fake, eventually, json, list},
 };
-use crate::workers::{FleetHandle, Health, ModelSettings, Registry};
+use crate::workers::{FleetHandle, Health, ModelSettings, Registry, WorkerUrl};
 use axum::body::Bytes;
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 
 const STORED: &str = r#"{"id":"resp_1","status":"completed"}"#;
 const MISSING: &str = r#"{"error":{"message":"Response with id 'resp_1' not found.","type":"invalid_request_error","param":"response_id","code":404}}"#;
@@ -49,6 +49,10 @@ impl Running {
     }
 
     fn with(workers: &[&Fake], models: ModelSettings, body_bytes: usize) -> Self {
+        Self::at(workers.iter().map(|worker| worker.url()).collect(), models, body_bytes)
+    }
+
+    fn at(urls: Vec<WorkerUrl>, models: ModelSettings, body_bytes: usize) -> Self {
         let settings = Settings {
             health_check_interval_secs: 3600.0,
             health_check_timeout_secs: 2.0,
@@ -56,7 +60,7 @@ impl Running {
             dns_refresh_secs: 3600.0,
             worker_api_key: None,
         };
-        let registry = Registry::new(workers.iter().map(|worker| worker.url()), models);
+        let registry = Registry::new(urls, models);
         let fleet = registry.handle();
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let admin = listener.local_addr().unwrap();
@@ -133,16 +137,21 @@ fn saying(line: &'static str, status: u16, body: &'static str) -> Fake {
 }
 
 #[test]
-fn metrics_are_told_in_the_format_that_their_content_type_says() {
+fn metrics_are_told_in_the_format_that_is_asked_for() {
     let worker = Fake::start();
     let running = Running::start(&[&worker]);
-    for path in ["/metrics", "/metrics/", "/metrics/x"] {
-        let answer = running.get(path);
+    let openmetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let accept = "accept: application/openmetrics-text\r\n";
+    for (path, fields, content_type) in [
+        ("/metrics", "", "text/plain; version=0.0.4; charset=utf-8"),
+        ("/metrics", accept, openmetrics),
+        ("/metrics/", accept, openmetrics),
+        ("/metrics/x", accept, openmetrics),
+    ] {
+        let answer = running.ask(&format!("GET {path}"), fields, "");
         assert_eq!(answer.status, 200, "{path}");
-        assert!(
-            answer.head.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8")
-        );
-        let health = format!("vllm_proxy_worker_health{{worker=\"{}\"}} 1", worker.url());
+        assert!(answer.head.contains(&format!("content-type: {content_type}\r\n")), "{}", answer.head);
+        let health = format!("vllm_proxy_worker_health{{worker=\"{}\"}} 1\n", worker.url());
         assert!(answer.body.contains(&health), "{}", answer.body);
     }
 }
@@ -233,6 +242,16 @@ fn a_response_that_nobody_has_is_missing_in_the_workers_own_words() {
 }
 
 #[test]
+fn an_error_of_a_possible_holder_is_told_before_a_404_of_others() {
+    let broken = saying("GET /v1/responses/resp_1", 500, r#"{"error":"no"}"#);
+    let stranger = stranger();
+    let running = Running::start(&[&stranger, &broken]);
+    assert_eq!(running.get("/v1/responses/resp_1").status, 500);
+    running.set_down(1);
+    assert_eq!(running.get("/v1/responses/resp_1").status, 404);
+}
+
+#[test]
 fn a_cancel_reaches_the_holder_only() {
     let (holder, stranger) = (holder(), stranger());
     let running = Running::start(&[&stranger, &holder]);
@@ -280,7 +299,7 @@ fn a_client_that_goes_away_takes_its_question_along() {
     eventually("the worker is asked", || silent.settings.hanging.load(Ordering::SeqCst) == 1);
     drop(client);
     eventually("the question is dropped", || silent.settings.hanging.load(Ordering::SeqCst) == 0);
-    assert_eq!(running.fleet.load().workers[0].in_flight(), 0);
+    eventually("nothing is in flight", || running.fleet.load().workers[0].in_flight() == 0);
 }
 
 #[test]
@@ -323,16 +342,131 @@ fn an_unknown_path_or_method_is_answered_as_vllm_does() {
     assert!(answer.head.contains("allow: POST"), "{}", answer.head);
 }
 
+/// A worker that answers requests for stored responses with these bytes, holds the connection until it is told to
+/// end or its client is gone, and 404 to everything else.
+struct Raw {
+    url: WorkerUrl,
+    /// Heads of the requests for stored responses.
+    heads: mpsc::Receiver<String>,
+    /// Ends the connections when dropped.
+    end: Option<mpsc::Sender<()>>,
+    /// Gets a word when a client is gone before the end.
+    gone: mpsc::Receiver<()>,
+    address: SocketAddr,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Raw {
+    fn start(answer: &'static str) -> Self {
+        let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (told, heads) = mpsc::channel();
+        let (end, ended) = mpsc::channel::<()>();
+        let (left, gone) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let Some(head) = head(&mut stream) else { return };
+                if !head.contains(" /v1/responses") {
+                    let nothing = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                    stream.write_all(nothing).unwrap();
+                    continue;
+                }
+                told.send(head).unwrap();
+                stream.write_all(answer.as_bytes()).unwrap();
+                stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+                while ended.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                    if stream.read(&mut [0; 16]).is_ok_and(|n| n == 0) {
+                        left.send(()).unwrap_or_default();
+                        break;
+                    }
+                }
+            }
+        });
+        let url = format!("http://{address}").parse().unwrap();
+        Self { url, heads, end: Some(end), gone, address, thread: Some(thread) }
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        // An empty connection ends the loop.
+        drop(TcpStream::connect(self.address));
+        if let Some(Err(panic)) = self.thread.take().map(std::thread::JoinHandle::join)
+            && !std::thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// Reads to the end of a head; `None` if nothing comes.
+fn head(stream: &mut TcpStream) -> Option<String> {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        if stream.read(&mut byte).ok()? == 0 {
+            return None;
+        }
+        head.extend_from_slice(&byte);
+    }
+    String::from_utf8(head).ok()
+}
+
+/// Reads until `text` has come.
+fn until(stream: &mut TcpStream, text: &str) -> String {
+    let mut got = Vec::new();
+    while !got.windows(text.len()).any(|part| part == text.as_bytes()) {
+        let mut part = [0; 1024];
+        let n = stream.read(&mut part).unwrap();
+        assert_ne!(n, 0, "ended before {text:?}: {:?}", String::from_utf8_lossy(&got));
+        got.extend_from_slice(&part[..n]);
+    }
+    String::from_utf8(got).unwrap()
+}
+
+const OPEN_STREAM: &str = "HTTP/1.1 200 OK\r\nX-Thing: A\r\nContent-Type: text/event-stream\r\n\
+    Transfer-Encoding: chunked\r\nKeep-Alive: timeout=5\r\n\r\n9\r\ndata: 1\n\n\r\n";
+
 #[test]
-fn names_of_fields_keep_their_case_on_the_way_back() {
-    let worker = Fake::scripted(|asked| {
-        asked.line.starts_with("GET /v1/responses/").then(|| {
-            let mut response = json(200, STORED);
-            response.headers_mut().insert(header::SERVER, "uvicorn".parse().unwrap());
-            response
-        })
-    });
-    let running = Running::start(&[&worker]);
-    let answer = running.get("/v1/responses/resp_1");
-    assert!(answer.head.contains("server: uvicorn\r\n") && answer.head.contains("content-length: 36"));
+fn heads_pass_as_they_were_written_but_for_what_concerns_one_connection() {
+    let worker = Raw::start("HTTP/1.1 203 Odd\r\nX-Thing: A\r\nContent-LENGTH: 2\r\nx-other: b\r\n\r\nhi");
+    let running = Running::at(vec![worker.url.clone()], ModelSettings::default(), 1 << 20);
+    let fields = "X-Mine: 1\r\nauthorization: Bearer k\r\nX-Hop: 2\r\nconnection: X-Hop\r\n";
+    let answer = running.ask("GET /v1/responses/..%2fa?b=%7e", fields, "");
+    assert_eq!((answer.status, &answer.body[..]), (203, "hi"));
+    for field in ["X-Thing: A\r\n", "Content-LENGTH: 2\r\n", "x-other: b\r\n"] {
+        assert!(answer.head.contains(field), "{}", answer.head);
+    }
+    let head = worker.heads.recv().unwrap();
+    assert!(head.starts_with("GET /v1/responses/..%2fa?b=%7e HTTP/1.1\r\n"), "{head}");
+    assert!(head.contains("X-Mine: 1\r\n") && head.contains("host: p\r\n"), "{head}");
+    assert!(!head.contains("X-Hop") && !head.contains("connection"), "{head}");
+}
+
+#[test]
+fn a_stream_passes_as_it_comes_and_a_cut_stays_a_cut() {
+    let mut worker = Raw::start(OPEN_STREAM);
+    let running = Running::at(vec![worker.url.clone()], ModelSettings::default(), 1 << 20);
+    let mut client = running.send("GET /v1/responses/r?stream=true", "", "");
+    let got = until(&mut client, "data: 1\n\n");
+    assert!(got.contains("X-Thing: A\r\n") && !got.contains("Keep-Alive: timeout"), "{got}");
+    drop(worker.end.take());
+    let mut rest = String::new();
+    // Whether the cut is seen as an end or as a reset is a matter of timing.
+    client.read_to_string(&mut rest).unwrap_or_default();
+    assert!(!rest.contains("0\r\n\r\n"), "{rest:?}");
+}
+
+#[test]
+fn a_client_that_goes_away_in_a_stream_takes_it_along() {
+    let worker = Raw::start(OPEN_STREAM);
+    let running = Running::at(vec![worker.url.clone()], ModelSettings::default(), 1 << 20);
+    let mut client = running.send("GET /v1/responses/r?stream=true", "", "");
+    until(&mut client, "data: 1\n\n");
+    assert_eq!(running.fleet.load().workers[0].in_flight(), 1);
+    drop(client);
+    worker.gone.recv_timeout(Duration::from_secs(10)).unwrap();
+    eventually("nothing is in flight", || running.fleet.load().workers[0].in_flight() == 0);
 }

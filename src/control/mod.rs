@@ -1,10 +1,10 @@
 //! The control thread: what is true of the workers, learnt without haste.
 //!
 //! One thread with a tokio runtime of its own owns the [`Registry`]. For every worker three loops run, each in
-//! its own time, so that none waits for another: [`probe`] decides on its health, [`models`] learns what it
-//! serves, [`names`] resolves its host. What they find is published as a new
-//! [`Fleet`](crate::workers::Fleet), or set in the worker's atomics. Shards answer with the only thing that they
-//! know better: a transport error marks a worker down, and the loop sees that within [`probe::LOOK`].
+//! its own time, so that none waits for another: `probe` decides on its health, `models` learns what it serves,
+//! `names` resolves its host. What they find is published as a new [`Fleet`](crate::workers::Fleet), or set in the
+//! worker's atomics. Shards answer with the only thing that they know better: a transport error marks a worker
+//! down, and its loop sees that within a quarter of a second.
 //!
 //! The admin endpoints run on this thread too; they are handed in as a [`Service`], because this module knows
 //! nothing of them.

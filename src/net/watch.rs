@@ -54,9 +54,24 @@ pub struct Watch {
     idle: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     draining: Rc<Cell<bool>>,
+    cut: Rc<Cell<bool>>,
 }
 
 impl Watch {
+    /// Whose task is woken when a limit is over, or when everything is cut. To be called from the task's root
+    /// with every poll; cheap when nothing has changed.
+    pub fn belongs_to(&self, waker: &Waker) {
+        let mut known = self.waker.borrow_mut();
+        if known.as_ref().is_none_or(|known| !known.will_wake(waker)) {
+            *known = Some(waker.clone());
+        }
+    }
+
+    /// Whether the task must end at once.
+    pub fn is_cut(&self) -> bool {
+        self.cut.get()
+    }
+
     /// Runs `phase` for at most `millis` milliseconds; 0 is no limit.
     ///
     /// # Errors
@@ -94,10 +109,7 @@ impl Watch {
             if let Poll::Ready(value) = phase.poll(context) {
                 return Poll::Ready(Ok(value));
             }
-            let mut waker = self.waker.borrow_mut();
-            if waker.as_ref().is_none_or(|known| !known.will_wake(context.waker())) {
-                *waker = Some(context.waker().clone());
-            }
+            self.belongs_to(context.waker());
             if self.over() { Poll::Ready(Err(Elapsed)) } else { Poll::Pending }
         })
         .await;
@@ -116,13 +128,14 @@ impl Watch {
 pub struct Watches {
     clock: Rc<ShardClock>,
     draining: Rc<Cell<bool>>,
+    cut: Rc<Cell<bool>>,
     watches: RefCell<Vec<Weak<Watch>>>,
 }
 
 impl Watches {
     /// None yet.
     pub fn new(clock: Rc<ShardClock>) -> Self {
-        Self { clock, draining: Rc::default(), watches: RefCell::default() }
+        Self { clock, draining: Rc::default(), cut: Rc::default(), watches: RefCell::default() }
     }
 
     /// A watch for one task, forgotten when dropped.
@@ -133,6 +146,7 @@ impl Watches {
             idle: Cell::new(false),
             waker: RefCell::default(),
             draining: self.draining.clone(),
+            cut: self.cut.clone(),
         });
         self.watches.borrow_mut().push(Rc::downgrade(&watch));
         watch
@@ -148,14 +162,19 @@ impl Watches {
         self.draining.set(true);
     }
 
+    /// From now on every task ends; all are woken by the next tick.
+    pub fn cut(&self) {
+        self.cut.set(true);
+    }
+
     /// Takes the time and wakes whose limit is over. To be called every [`TICK_MS`].
     pub fn tick(&self) {
         self.clock.now.set(self.clock.clock.millis());
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
-            if watch.over() {
-                if let Some(waker) = watch.waker.borrow_mut().take() {
-                    waker.wake();
+            if watch.over() || watch.is_cut() {
+                if let Some(waker) = watch.waker.borrow().as_ref() {
+                    waker.wake_by_ref();
                 }
             }
             true

@@ -125,7 +125,7 @@ async fn run(
     body: Body,
     framing: OutFraming,
 ) -> Ran {
-    let Client { cx, inbox, request, outlet, head } = client;
+    let Client { cx, inbox, request, outlet, head, .. } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();

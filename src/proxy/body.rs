@@ -113,7 +113,7 @@ async fn read_framed(
             }
             let room = if whole { length } else { length.min(buffer.len().max(LARGE_BYTES)) };
             if buffer.len() + buffer.spare() < room {
-                let mut larger = Buffer::new(HEADROOM, room + TAILROOM);
+                let mut larger = Buffer::new(HEADROOM + client.received_head, room + TAILROOM);
                 larger.append(buffer.filled());
                 client.cx.buffers.recycle(std::mem::replace(&mut buffer, larger));
             }
@@ -270,6 +270,8 @@ async fn stream(
     let watch = cx.watches.watch();
     let mut framed = Vec::with_capacity(head.len() + 20);
     framed.extend_from_slice(head);
+    // between two chunks stands the line end of the first
+    let mut begun = !first.is_empty();
     if chunked {
         push_chunk_head(&mut framed, first.len());
     }
@@ -291,14 +293,15 @@ async fn stream(
             Err(failure) => return Sent::ClientFault(failure),
         };
         if chunked {
-            framed.clear();
-            framed.extend_from_slice(b"\r\n");
-            push_chunk_head(&mut framed, buffer.len());
             if !buffer.is_empty() {
+                framed.clear();
+                framed.extend_from_slice(if begun { b"\r\n" } else { b"" });
+                push_chunk_head(&mut framed, buffer.len());
                 buffer.prepend(&framed);
+                begun = true;
             }
             if done {
-                buffer.append(b"\r\n0\r\n\r\n");
+                buffer.append(if begun { b"\r\n0\r\n\r\n" } else { b"0\r\n\r\n" });
             }
         }
         if !buffer.is_empty() {

@@ -37,6 +37,8 @@ pub(super) struct Client<'a> {
     pub(super) inbox: &'a Inbox,
     pub(super) request: RequestHead,
     pub(super) outlet: Outlet<'a>,
+    /// Bytes of the request's head as it came.
+    pub(super) received_head: usize,
     /// The request's head as it goes to a worker.
     pub(super) head: Vec<u8>,
 }
@@ -67,8 +69,13 @@ pub async fn serve(cx: Rc<Context>, reader: ReadHalf, writer: WriteHalf) {
 async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
     let inbox = Inbox::new();
     let mut reading = pin!(keep_reading(reader, &inbox, &cx.buffers));
-    let mut talking = pin!(converse(cx, &inbox, writer));
+    let watch = cx.watches.watch();
+    let mut talking = pin!(converse(cx, &inbox, writer, watch.clone()));
     poll_fn(|context| {
+        watch.belongs_to(context.waker());
+        if watch.is_cut() {
+            return Poll::Ready(());
+        }
         loop {
             if talking.as_mut().poll(context).is_ready() {
                 return Poll::Ready(());
@@ -86,10 +93,10 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
     cx.metrics().bytes_in(inbox.take_received());
 }
 
-async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf) {
+async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watch>) {
     let (request, answer, scratch, head) = Default::default();
-    let outlet = Outlet { cx, writer, watch: cx.watches.watch(), answer, scratch };
-    let mut client = Client { cx, inbox, request, outlet, head };
+    let outlet = Outlet { cx, writer, watch, answer, scratch };
+    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
     loop {
         let after = match client.read_head().await {
             Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
@@ -117,6 +124,7 @@ impl Client<'_> {
         loop {
             if let Some(count) = self.request.parse(buffer.filled())? {
                 buffer.advance(count);
+                self.received_head = count;
                 return Ok(Some(buffer));
             }
             if buffer.spare() == 0 {
@@ -129,6 +137,11 @@ impl Client<'_> {
                 Err(_) => return Err(Failure::Late),
             };
         }
+    }
+
+    /// How much of a body is read before what does not depend on it goes on.
+    pub(super) fn peek_bytes(&self) -> usize {
+        usize::try_from(self.cx.settings.body_peek_bytes).unwrap_or(usize::MAX)
     }
 
     /// Answers a failure, if there is anybody to answer.

@@ -68,6 +68,8 @@ pub struct Context {
     metrics: Arc<Metrics>,
     shard: usize,
     fleet: RefCell<arc_swap::Cache<FleetHandle, Arc<Fleet>>>,
+    /// The newest fleet again, with a count that no other shard touches.
+    own_fleet: RefCell<Rc<Arc<Fleet>>>,
     random: Cell<u64>,
     date: RefCell<(u64, Rc<str>)>,
     connections: Cell<usize>,
@@ -90,6 +92,7 @@ impl Context {
             positions: RefCell::default(),
             metrics: parts.metrics,
             shard: parts.shard,
+            own_fleet: RefCell::new(Rc::new(parts.fleet.load_full())),
             fleet: RefCell::new(arc_swap::Cache::new(parts.fleet)),
             // any odd start will do; shards differ so that they do not choose in step
             random: Cell::new(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(2 * parts.shard as u64 + 1)),
@@ -99,8 +102,14 @@ impl Context {
     }
 
     /// The newest fleet.
-    pub(super) fn fleet(&self) -> Arc<Fleet> {
-        self.fleet.borrow_mut().load().clone()
+    pub(super) fn fleet(&self) -> Rc<Arc<Fleet>> {
+        let mut cache = self.fleet.borrow_mut();
+        let newest = cache.load();
+        let mut own = self.own_fleet.borrow_mut();
+        if !Arc::ptr_eq(newest, &own) {
+            *own = Rc::new(newest.clone());
+        }
+        own.clone()
     }
 
     /// Where this shard counts.
@@ -146,6 +155,11 @@ impl Context {
     /// From now on no exchange begins: idle connections close, busy ones after their answer.
     pub fn drain(&self) {
         self.watches.drain();
+    }
+
+    /// From now on every connection ends where it stands.
+    pub fn cut(&self) {
+        self.watches.cut();
     }
 
     /// What has to happen every [`crate::net::TICK_MS`].

@@ -38,7 +38,8 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 
     // 2. what is ours is answered at once
     if let Some(answer) = ours(endpoint, &fleet) {
-        return match body::read(client, rest, false, |_| true).await {
+        let peek = client.peek_bytes();
+        return match body::read(client, rest, false, |so_far| so_far.len() >= peek).await {
             Ok(_) => respond(client, &account, &answer).await,
             Err(failure) => refuse(client, &account, &failure).await,
         };

@@ -137,6 +137,20 @@ impl Inbox {
         }
     }
 
+    /// Queues what came unasked; small pieces share a buffer, so that many of them take no more room than their
+    /// bytes.
+    fn push(&self, buffer: Buffer, buffers: &Buffers) {
+        self.queued.set(self.queued.get() + buffer.len());
+        let mut queue = self.queue.borrow_mut();
+        match queue.back_mut() {
+            Some(last) if last.spare() >= buffer.len() => {
+                last.append(buffer.filled());
+                buffers.recycle(buffer);
+            }
+            _ => queue.push_back(buffer),
+        }
+    }
+
     fn pop(&self) -> Option<Buffer> {
         let buffer = self.queue.borrow_mut().pop_front()?;
         self.queued.set(self.queued.get() - buffer.len());
@@ -174,13 +188,11 @@ impl Inbox {
 pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &Buffers) {
     loop {
         let (buffer, targeted) = poll_fn(|_| match inbox.mode.get() {
-            // what is queued came first and must be taken first
+            // what is queued comes before what would be read now
             Mode::Demand if !inbox.queue.borrow().is_empty() => Poll::Pending,
             Mode::Demand => match inbox.target.take() {
                 Some(target) => Poll::Ready((target, true)),
-                None if inbox.wanted.get() && inbox.queue.borrow().is_empty() => {
-                    Poll::Ready((buffers.small(), false))
-                }
+                None if inbox.wanted.get() => Poll::Ready((buffers.small(), false)),
                 None => Poll::Pending,
             },
             Mode::Watch if inbox.queued.get() < AHEAD_BYTES => Poll::Ready((buffers.small(), false)),
@@ -193,8 +205,7 @@ pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &
                 if targeted {
                     inbox.returned.set(Some(buffer));
                 } else {
-                    inbox.queued.set(inbox.queued.get() + buffer.len());
-                    inbox.queue.borrow_mut().push_back(buffer);
+                    inbox.push(buffer, buffers);
                 }
                 inbox.arrived(count);
             }

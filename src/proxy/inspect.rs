@@ -85,7 +85,7 @@ pub(super) async fn inspect(
     let nothing = |name| Inspected { name, continues: false, place: Place::Nowhere };
     match Need::of(endpoint, fleet, client) {
         Need::Nothing => {
-            let peek = usize::try_from(client.cx.settings.body_peek_bytes).unwrap_or(usize::MAX);
+            let peek = client.peek_bytes();
             let body = body::read(client, rest, false, |so_far| so_far.len() >= peek).await?;
             let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);
             let named = if by_query { client.request.query().and_then(vllm::query_model) } else { None };

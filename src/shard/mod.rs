@@ -71,7 +71,10 @@ pub fn run(
         }
         listener.stop();
         cx.drain();
-        while cx.connections() > 0 && !orders.give_up.load(Ordering::Relaxed) {
+        while cx.connections() > 0 {
+            if orders.give_up.load(Ordering::Relaxed) {
+                cx.cut();
+            }
             cx.tick();
             pause(DRAIN_LOOK_MS).await;
         }

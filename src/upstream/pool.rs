@@ -1,8 +1,8 @@
 //! The idle connections of one shard.
 //!
 //! Last in, first out: what was used last is least likely to have been closed. uvicorn and vLLM's Rust front
-//! end close an idle connection after 5.0 s, so ours are younger than that; one that is not fresh is asked
-//! for a FIN before it is used again.
+//! end close an idle connection after 5.0 s, so ours are younger than that; and before one is used again the
+//! kernel is asked whether anything has come on it, for whatever has is not the next answer.
 
 use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::Ordering};
 
@@ -12,10 +12,6 @@ use crate::{
     upstream::Settings,
     workers::Worker,
 };
-
-/// Connections that rested no longer than this are used without a look at the socket, in milliseconds: a
-/// worker closes after seconds, and the retry on a fresh connection covers what is left.
-const FRESH_MS: Millis = 500;
 
 /// An open connection to a worker.
 #[derive(Debug)]
@@ -70,7 +66,8 @@ impl Pool {
                 list.clear();
                 return None;
             }
-            if (rested <= FRESH_MS || connection.reader.is_quiet()) && connection.belongs_to(worker) {
+            // a FIN, or bytes that no request has asked for and the next answer must not begin with
+            if connection.reader.is_quiet() && connection.belongs_to(worker) {
                 return Some(connection);
             }
         }

@@ -146,7 +146,8 @@ fn exact_row(path: &str) -> Option<&'static Endpoint> {
 }
 
 fn pattern_rows(path: &str) -> impl Iterator<Item = &'static Endpoint> {
-    let rows = PATTERNS.iter().filter_map(|&row| TABLE.get(usize::from(row)));
+    let alike = PATTERNS.iter().filter(|(before, _)| path.starts_with(before));
+    let rows = alike.filter_map(|&(_, row)| TABLE.get(usize::from(row)));
     rows.filter(move |endpoint| endpoint.matches(path))
 }
 
@@ -324,24 +325,23 @@ const fn slot_of(path: &[u8]) -> usize {
 }
 
 const PATTERN_COUNT: usize = patterns::<0>().1;
-/// The rows with a placeholder.
-static PATTERNS: [u8; PATTERN_COUNT] = patterns().0;
+/// The rows with a placeholder, and what stands before it.
+static PATTERNS: [(&str, u8); PATTERN_COUNT] = patterns().0;
 
-const fn patterns<const N: usize>() -> ([u8; N], usize) {
-    let mut found = [0; N];
+const fn patterns<const N: usize>() -> ([(&'static str, u8); N], usize) {
+    let mut found = [("", 0); N];
     let (mut row, mut count) = (0, 0);
     while row < ROWS.len() {
-        let path = ROWS[row].path.as_bytes();
+        let path = ROWS[row].path;
         let mut at = 0;
-        while at < path.len() {
-            if path[at] == b'{' {
-                if count < N {
-                    found[count] = row as u8;
-                }
-                count += 1;
-                break;
-            }
+        while at < path.len() && path.as_bytes()[at] != b'{' {
             at += 1;
+        }
+        if at < path.len() {
+            if count < N {
+                found[count] = (path.split_at(at).0, row as u8);
+            }
+            count += 1;
         }
         row += 1;
     }

@@ -4,7 +4,7 @@
 //! - [`facts`] and [`multipart`]: what must be known of a request before a worker can be chosen;
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
 //! - [`models`]: model lists and versions of many workers made into those of one;
-//! - [`aggregate`]: the answers of many workers to one broadcast made into one.
+//! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
 //! "vLLM" without a version means 0.32.0 with its Python front end; `golden` in a test's name means recorded
 //! bytes of that server.

@@ -10,7 +10,10 @@
 mod catalogue;
 mod slot;
 
-use std::{fmt, sync::OnceLock};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use prometheus_client::{
     collector::Collector,
@@ -21,8 +24,33 @@ use prometheus_client::{
 pub use catalogue::{CATALOGUE, Kind, Row};
 pub use slot::{Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
 
-/// Content-Type of [`Metrics::encode`]'s text, as prometheus-client names it for its text format.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// How a scrape is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exposition {
+    /// OpenMetrics, as prometheus-client writes it: what Prometheus asks for.
+    OpenMetrics,
+    /// Prometheus' older text format, for everybody who does not ask for OpenMetrics (`promtool`, many agents). In
+    /// it, `_total` is part of a counter's name.
+    Text,
+}
+
+impl Exposition {
+    /// What the value of a scraper's `Accept` asks for.
+    pub fn accepted(accept: Option<&str>) -> Self {
+        match accept {
+            Some(accept) if accept.contains("application/openmetrics-text") => Self::OpenMetrics,
+            _ => Self::Text,
+        }
+    }
+
+    /// The Content-Type of the format.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
 
 /// The label of whatever is in no table.
 const OTHER: &str = "other";
@@ -99,13 +127,25 @@ impl Metrics {
     /// # Errors
     /// None but the encoder's own, which a `String` never causes.
     pub fn encode(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
+        format: Exposition,
         workers: Vec<WorkerSample>,
-    ) -> Result<String, std::fmt::Error> {
+    ) -> Result<String, fmt::Error> {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Scrape { metrics: self.clone(), workers }));
         let mut text = String::new();
-        text::encode(&mut text, &registry)?;
+        match format {
+            Exposition::OpenMetrics => text::encode(&mut text, &registry)?,
+            Exposition::Text => {
+                text::encode_registry(&mut text, &registry)?;
+                for row in CATALOGUE.iter().filter(|row| row.kind == Kind::Counter) {
+                    for word in ["HELP", "TYPE"] {
+                        let line = format!("# {word} {} ", row.name);
+                        text = text.replacen(&line, &format!("# {word} {}_total ", row.name), 1);
+                    }
+                }
+            }
+        }
         Ok(text)
     }
 
@@ -118,7 +158,7 @@ impl Metrics {
 /// All that one scrape shows.
 #[derive(Debug)]
 struct Scrape {
-    metrics: std::sync::Arc<Metrics>,
+    metrics: Arc<Metrics>,
     workers: Vec<WorkerSample>,
 }
 
@@ -133,8 +173,6 @@ impl Collector for Scrape {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     fn metrics() -> Arc<Metrics> {
@@ -160,7 +198,7 @@ mod tests {
 
     #[test]
     fn every_series_exists_at_zero_from_the_start() {
-        let text = metrics().encode(vec![]).unwrap();
+        let text = metrics().encode(Exposition::OpenMetrics, vec![]).unwrap();
         for class in StatusClass::ALL {
             let labels = format!("endpoint=\"/v1/chat/completions\",code=\"{}\"", class.label());
             assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{labels}}}")), "0");
@@ -197,7 +235,7 @@ mod tests {
             slot.panicked();
         }
         metrics.shard(1).connection_closed();
-        let text = metrics.encode(vec![]).unwrap();
+        let text = metrics.encode(Exposition::OpenMetrics, vec![]).unwrap();
         let chat = "endpoint=\"/v1/chat/completions\",code=\"2xx\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat}}}")), "2");
         assert_eq!(value(&text, "vllm_proxy_requests_in_flight"), "2");
@@ -220,7 +258,7 @@ mod tests {
         let metrics = metrics();
         metrics.shard(0).request_ended(2, 404, None);
         metrics.shard(0).request_ended(usize::MAX, 404, None);
-        let text = metrics.encode(vec![]).unwrap();
+        let text = metrics.encode(Exposition::OpenMetrics, vec![]).unwrap();
         let other = "endpoint=\"other\",code=\"4xx\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{other}}}")), "2");
         assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_count"), "0");
@@ -230,7 +268,7 @@ mod tests {
     fn a_client_that_went_away_has_a_class_of_its_own() {
         let metrics = metrics();
         metrics.shard(0).request_ended(0, 499, None);
-        let text = metrics.encode(vec![]).unwrap();
+        let text = metrics.encode(Exposition::OpenMetrics, vec![]).unwrap();
         let chat = "endpoint=\"/v1/chat/completions\"";
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"499\"}}")), "1");
         assert_eq!(value(&text, &format!("vllm_proxy_requests_total{{{chat},code=\"4xx\"}}")), "0");
@@ -241,7 +279,9 @@ mod tests {
         let metrics = metrics();
         metrics.set_io_backend("epoll");
         metrics.set_dropped_lines(|| 7);
-        let text = metrics.encode(vec![sample("http://a:8000"), sample("http://b:8000")]).unwrap();
+        let text = metrics
+            .encode(Exposition::OpenMetrics, vec![sample("http://a:8000"), sample("http://b:8000")])
+            .unwrap();
         for worker in ["http://a:8000", "http://b:8000"] {
             let series =
                 |name: &str| value(&text, &format!("vllm_proxy_worker_{name}{{worker=\"{worker}\"}}"));
@@ -254,6 +294,26 @@ mod tests {
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"epoll\"}"), "1");
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"io_uring\"}"), "0");
         assert_eq!(value(&text, "vllm_proxy_dropped_log_lines_total"), "7");
+    }
+
+    #[test]
+    fn the_older_format_names_counters_in_full_and_has_no_end_mark() {
+        let text = metrics().encode(Exposition::Text, vec![sample("w")]).unwrap();
+        for row in CATALOGUE {
+            let name = format!("{}{}", row.name, if row.kind == Kind::Counter { "_total" } else { "" });
+            assert_eq!(text.matches(&format!("# TYPE {name} ")).count(), 1, "{name}");
+            assert_eq!(text.matches(&format!("# HELP {name} ")).count(), 1, "{name}");
+        }
+        assert!(!text.contains("# EOF"));
+    }
+
+    #[test]
+    fn a_scraper_gets_the_format_that_it_asks_for() {
+        let prometheus =
+            "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+        assert_eq!(Exposition::accepted(Some(prometheus)), Exposition::OpenMetrics);
+        assert_eq!(Exposition::accepted(Some("*/*")), Exposition::Text);
+        assert_eq!(Exposition::accepted(None), Exposition::Text);
     }
 
     #[test]

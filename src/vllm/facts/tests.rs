@@ -137,6 +137,21 @@ fn strings_hide_quotes_brackets_and_keys() {
 }
 
 #[test]
+fn a_quote_or_backslash_is_found_at_any_distance() {
+    for filler in ["x", "!", "#", "[", "]", "\u{1}", "é", "\u{a2}", "\u{dc}"] {
+        for length in 0..70 {
+            let plain = filler.repeat(length);
+            for text in
+                [plain.clone(), format!("{plain}\\\"{plain}"), format!("{plain}\\\\"), format!("\\\"{plain}")]
+            {
+                let body = format!(r#"{{"a":"{text}","model":"m"}}"#);
+                assert_eq!(name(&body).as_deref(), Some("m"), "{body}");
+            }
+        }
+    }
+}
+
+#[test]
 fn stream_is_read_as_pydantic_does() {
     for yes in ["true", "1", "1.0", r#""true""#, r#""YES""#, r#""on""#] {
         assert!(scan_json(format!(r#"{{"stream":{yes}}}"#).as_bytes()).stream, "{yes}");
