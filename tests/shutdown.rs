@@ -51,6 +51,19 @@ variants! {
         idle.expect_closed();
     }
 
+    fn what_outlives_the_grace_period_is_let_go_even_when_the_process_lives_on(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "1").start();
+        let mut running = proxy.client();
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        proxy.drain();
+        proxy.wait();
+        eventually("the worker is let go", || worker.only_request().gone.is_some());
+        while running.fill(patience()).is_ok() {}
+    }
+
     fn the_last_answer_while_draining_says_close(v: Variant) {
         let gate = Gate::new();
         let worker = worker().holds(&gate).start();

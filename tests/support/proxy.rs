@@ -19,19 +19,13 @@ pub(crate) struct Builder {
     expected: Vec<(SocketAddr, Vec<String>)>,
     /// Flags and their values; a later one replaces an earlier one of the same name.
     args: Vec<(String, Option<String>)>,
-    variant: Option<Variant>,
+    variant: Variant,
     wait: bool,
 }
 
 /// A proxy without a worker yet. Probes are quick, the grace period is short.
 pub(crate) fn proxy(variant: Variant) -> Builder {
-    let builder = Builder {
-        urls: Vec::new(),
-        expected: Vec::new(),
-        args: Vec::new(),
-        variant: Some(variant),
-        wait: true,
-    };
+    let builder = Builder { urls: Vec::new(), expected: Vec::new(), args: Vec::new(), variant, wait: true };
     let io = match variant.io {
         Io::Uring => "uring",
         Io::Epoll => "epoll",
@@ -99,11 +93,9 @@ impl Builder {
         let running =
             app::start(config).unwrap_or_else(|error| panic!("the proxy does not start: {error:#}"));
         let driver = running.driver();
-        if let Some(variant) = self.variant {
-            let uring = driver != Driver::Epoll;
-            assert_eq!(uring, variant.io == Io::Uring, "asked for {:?}, got {driver}", variant.io);
-        }
-        let proxy = Proxy { addr: running.addr(), driver, running: Some(running) };
+        let uring = driver != Driver::Epoll;
+        assert_eq!(uring, self.variant.io == Io::Uring, "asked for {:?}, got {driver}", self.variant.io);
+        let proxy = Proxy { addr: running.addr(), running: Some(running) };
         if self.wait && !self.expected.is_empty() {
             proxy.wait_for_workers(&self.expected);
         }
@@ -114,7 +106,6 @@ impl Builder {
 /// A running proxy. Dropping it drains and joins it.
 pub(crate) struct Proxy {
     addr: SocketAddr,
-    driver: Driver,
     running: Option<Running>,
 }
 
@@ -122,11 +113,6 @@ impl Proxy {
     /// Where it listens.
     pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
-    }
-
-    /// What drives its sockets.
-    pub(crate) fn driver(&self) -> Driver {
-        self.driver
     }
 
     /// A new connection to it.

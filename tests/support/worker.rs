@@ -69,8 +69,6 @@ enum Step {
     Wait(Gate),
     Flood(u64),
     Tunnel,
-    AwaitGone,
-    HalfClose,
     Close,
     Reset,
 }
@@ -127,16 +125,6 @@ impl Script {
     /// Echoes whatever comes until the peer closes.
     pub(crate) fn tunnel(self) -> Self {
         self.then(Step::Tunnel)
-    }
-
-    /// Sends nothing until the peer has gone.
-    pub(crate) fn await_gone(self) -> Self {
-        self.then(Step::AwaitGone)
-    }
-
-    /// Sends FIN and goes on reading.
-    pub(crate) fn half_close(self) -> Self {
-        self.then(Step::HalfClose)
     }
 
     /// Closes the connection.
@@ -837,14 +825,6 @@ impl Talk {
                     self.tunnel(at);
                     return Next::End;
                 }
-                Step::AwaitGone => {
-                    while self.fill().is_ok() {}
-                    true
-                }
-                Step::HalfClose => {
-                    self.stream.shutdown(Shutdown::Write).unwrap_or_default();
-                    false
-                }
                 Step::Close => {
                     self.note(at, |request| request.answered = true);
                     self.stream.shutdown(Shutdown::Both).unwrap_or_default();
@@ -965,7 +945,7 @@ impl Talk {
         self.stream.set_nonblocking(false).unwrap_or_default();
         match peeked {
             Ok(count) => count == 0,
-            Err(error) => error.kind() != ErrorKind::WouldBlock,
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         }
     }
 
