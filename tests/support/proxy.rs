@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::mpsc, thread, time::Dura
 
 use clap::Parser;
 use vllm_proxy::{
-    app::{self, Running},
+    app::{self, Faults, Running},
     config::Config,
     net::Driver,
 };
@@ -21,11 +21,19 @@ pub(crate) struct Builder {
     args: Vec<(String, Option<String>)>,
     variant: Variant,
     wait: bool,
+    faults: Faults,
 }
 
 /// A proxy without a worker yet. Probes are quick, the grace period is short.
 pub(crate) fn proxy(variant: Variant) -> Builder {
-    let builder = Builder { urls: Vec::new(), expected: Vec::new(), args: Vec::new(), variant, wait: true };
+    let builder = Builder {
+        urls: Vec::new(),
+        expected: Vec::new(),
+        args: Vec::new(),
+        variant,
+        wait: true,
+        faults: Faults::default(),
+    };
     let io = match variant.io {
         Io::Uring => "uring",
         Io::Epoll => "epoll",
@@ -74,6 +82,12 @@ impl Builder {
         self
     }
 
+    /// Calls `fault` on a shard with the target of every request.
+    pub(crate) fn fault(mut self, fault: fn(&str)) -> Self {
+        self.faults.on_request = Some(fault);
+        self
+    }
+
     /// The command line, program name first.
     pub(crate) fn command_line(&self) -> Vec<String> {
         let mut line = vec!["vllm-proxy".to_owned()];
@@ -90,8 +104,8 @@ impl Builder {
     #[track_caller]
     pub(crate) fn start(self) -> Proxy {
         let config = Config::try_parse_from(self.command_line()).unwrap_or_else(|error| panic!("{error}"));
-        let running =
-            app::start(config).unwrap_or_else(|error| panic!("the proxy does not start: {error:#}"));
+        let running = app::start_with(config, self.faults)
+            .unwrap_or_else(|error| panic!("the proxy does not start: {error:#}"));
         let driver = running.driver();
         let uring = driver != Driver::Epoll;
         assert_eq!(uring, self.variant.io == Io::Uring, "asked for {:?}, got {driver}", self.variant.io);
