@@ -32,6 +32,8 @@ mod logging;
 mod models;
 /// What the proxy answers by itself: `/v1/models`, `/health`, `/load`, broadcasts, `/metrics`.
 mod own_answers;
+/// A task that panics.
+mod panics;
 /// Any split of the bytes parses alike.
 mod properties;
 /// README and `--help` say what the code says.

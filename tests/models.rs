@@ -47,8 +47,7 @@ variants! {
             "/detokenize", "/v1/messages/count_tokens", "/v2/embed", "/inference/v1/generate", "/invocations",
             "/v1/chat/completions/batch", "/v1/chat/completions/render", "/generative_scoring"]
         {
-            for (worker, name) in workers.iter().zip(["b", "a"]) {
-                worker.forget();
+            for name in ["b", "a"] {
                 client.post(path, format!(r#"{{"model":"{name}","prompt":"x"}}"#)).expect(200);
             }
             assert_eq!(names(&workers), "ab", "{path}");
@@ -139,6 +138,13 @@ variants! {
         assert_eq!(names(&workers), "bbbb");
     }
 
+    fn where_all_workers_have_one_model_they_judge_its_name(v: Variant) {
+        let worker = worker().model("a").echo().start();
+        let proxy = proxy(v).worker(&worker).start();
+        proxy.post("/v1/chat/completions", client::chat("nope")).expect(200);
+        assert_eq!(worker.only_request().json()["model"], "nope");
+    }
+
     fn where_there_is_one_model_it_need_not_be_named(v: Variant) {
         let worker = worker().model("only").echo().start();
         let proxy = proxy(v).worker(&worker).start();
@@ -167,11 +173,11 @@ variants! {
     }
 
     fn an_unknown_models_name_cannot_break_the_answer(v: Variant) {
-        let worker = worker().model("a").echo().start();
-        let proxy = proxy(v).worker(&worker).start();
+        let workers = two();
+        let proxy = proxy(v).worker(&workers[0]).worker(&workers[1]).start();
         let answer = proxy.post("/v1/chat/completions", r#"{"model":"x\"},\n\\\u0001é\ud83e\udd99"}"#);
         assert_eq!(answer.status, 404);
-        let want = "The model `x\"},\n\\\u{1}é\u{1f999}` does not exist. Valid aliases: a.";
+        let want = "The model `x\"},\n\\\u{1}é\u{1f999}` does not exist. Valid aliases: a, b.";
         assert_eq!(answer.json()["error"]["message"], want);
         let long = "x".repeat(100_000);
         let answer = proxy.post("/v1/chat/completions", format!(r#"{{"model":"{long}"}}"#));

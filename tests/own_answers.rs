@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Client, Io, Response, Worker, answer, client, dead_url, eventually, json_answer, proxy, script, variants,
-    worker,
+    Client, Io, Response, Worker, answer, client, dead_url, eventually, head::head_end, json_answer, proxy,
+    script, variants, worker,
 };
 
 /// Header names in order: uvicorn's shape.
@@ -92,13 +92,21 @@ variants! {
         assert_eq!(proxy.get("/health").expect(503).text(), "");
     }
 
-    fn a_wrong_method_on_health_is_405(v: Variant) {
-        let worker = worker().start();
+    fn a_wrong_method_is_answered_as_a_worker_does(v: Variant) {
+        let own = answer("405 Method Not Allowed", "application/json", "allow: GET\r\n", r#"{"detail":"Method Not Allowed"}"#);
+        let worker = worker().on_request("*", move |request| match &request.method[..] {
+            "HEAD" => script().send(&own[..head_end(&own).unwrap()]),
+            _ => script().send(&own),
+        }).start();
         let proxy = proxy(v).worker(&worker).start();
-        let answer = proxy.client().post("/health", "{}");
-        assert_eq!((answer.status, answer.text()), (405, r#"{"detail":"Method Not Allowed"}"#), "{answer}");
-        assert_eq!(answer.header("allow").as_deref(), Some("GET"));
-        assert_eq!(proxy.client().request("HEAD", "/health", "", b"").status, 405);
+        for path in ["/health", "/v1/models", "/version", "/metrics"] {
+            let answer = proxy.client().post(path, "{}");
+            assert_eq!((answer.status, answer.text()), (405, r#"{"detail":"Method Not Allowed"}"#), "{path}: {answer}");
+            assert_eq!(answer.header("allow").as_deref(), Some("GET"), "{path}: {answer}");
+        }
+        // uvicorn's routes do not know HEAD
+        let answer = proxy.client().request("HEAD", "/health", "", b"");
+        assert_eq!((answer.status, answer.header("allow").as_deref()), (405, Some("GET")), "{answer}");
     }
 
     fn version_is_the_lowest_of_the_workers(v: Variant) {
@@ -180,8 +188,8 @@ variants! {
     }
 
     fn metrics_have_their_names_and_move(v: Variant) {
-        let worker = worker().start();
-        let proxy = proxy(v).worker(&worker).start();
+        let (worker, other) = (worker().start(), worker().model("other").start());
+        let proxy = proxy(v).worker(&worker).worker(&other).start();
         let page = proxy.get("/metrics").expect(200);
         for name in ["vllm_proxy_build_info", "vllm_proxy_io_backend", "vllm_proxy_shards", "vllm_proxy_requests_total",
             "vllm_proxy_requests_in_flight", "vllm_proxy_connections_open", "vllm_proxy_connections_total",
@@ -215,8 +223,8 @@ variants! {
     }
 
     fn an_answer_of_our_own_has_vllms_shape(v: Variant) {
-        let worker = worker().start();
-        let proxy = proxy(v).worker(&worker).start();
+        let (worker, other) = (worker().start(), worker().model("other").start());
+        let proxy = proxy(v).worker(&worker).worker(&other).start();
         let mut client = proxy.client();
         let answer = client.post("/v1/chat/completions", client::chat("nope")).expect(404);
         assert_eq!(names(&answer), ["date", "server", "content-length", "content-type", "vary"]);

@@ -51,7 +51,7 @@ variants! {
         idle.expect_closed();
     }
 
-    fn what_outlives_the_grace_period_is_cut(v: Variant) {
+    fn what_outlives_the_grace_period_is_let_go_even_when_the_process_lives_on(v: Variant) {
         let gate = Gate::new();
         let worker = streaming_worker(&gate);
         let proxy = proxy(v).worker(&worker).arg("--shutdown-grace-secs", "1").start();
@@ -62,8 +62,6 @@ variants! {
         proxy.wait();
         eventually("the worker is let go", || worker.only_request().gone.is_some());
         while running.fill(patience()).is_ok() {}
-        let seen = running.seen.escape_ascii().to_string();
-        assert!(!seen.ends_with("0\\r\\n\\r\\n") || seen.contains("error"), "the cut stream looks finished: {seen}");
     }
 
     fn the_last_answer_while_draining_says_close(v: Variant) {
@@ -104,6 +102,22 @@ variants! {
         }
     }
 
+    fn what_outlives_the_grace_period_is_cut(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let mut binary = Binary::start_with_grace(v, &worker, "1");
+        let mut running = Client::connect(binary.addr);
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        binary.kill("-TERM");
+        let status = binary.exit();
+        assert_eq!(status.code(), Some(0), "{status}");
+        eventually("the worker is let go", || worker.only_request().gone.is_some());
+        while running.fill(patience()).is_ok() {}
+        let seen = running.seen.escape_ascii().to_string();
+        assert!(!seen.ends_with("0\\r\\n\\r\\n") || seen.contains("error"), "the cut stream looks finished: {seen}");
+    }
+
     fn the_second_signal_ends_the_binary_at_once(v: Variant) {
         let gate = Gate::new();
         let worker = streaming_worker(&gate);
@@ -130,15 +144,20 @@ struct Binary {
 
 impl Binary {
     fn start(variant: Variant, worker: &Worker) -> Self {
+        Self::start_with_grace(variant, worker, "60")
+    }
+
+    fn start_with_grace(variant: Variant, worker: &Worker, seconds: &str) -> Self {
         // an address of its own, so that a fixed port is free
         let addr = std::net::SocketAddr::new(own_ip(), 8000);
         let io = if variant.io == Io::Uring { "uring" } else { "epoll" };
         let child = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"))
             .args(["--host", &addr.ip().to_string(), "--port", "8000", "--no-pin", "--io", io])
-            .args(["--threads", &variant.shards.to_string(), "--shutdown-grace-secs", "60"])
+            .args(["--threads", &variant.shards.to_string(), "--shutdown-grace-secs", seconds])
             .args(["--worker-urls", &worker.url()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .expect("cannot start the binary");
         let mut binary = Self { child, addr };

@@ -55,8 +55,7 @@ variants! {
 
     fn chunks_come_as_they_were_with_extensions_and_trailers(v: Variant) {
         let big = noise(300_000);
-        let mut raw = b"3;ext=\"a;b\"\r\nabc\r\n0001 \t;x\r\nd\r\n".to_vec();
-        raw = raw.into_iter().filter(|byte| *byte != b' ' && *byte != b'\t').collect();
+        let mut raw = b"3;ext=\"a;b\"\r\nabc\r\n0001;x\r\nd\r\n".to_vec();
         raw.extend(chunk(&big));
         raw.extend_from_slice(b"000\r\nX-Trailer: 1\r\nx-other: 2\r\n\r\n");
         let head = "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n";

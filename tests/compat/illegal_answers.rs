@@ -1,6 +1,6 @@
 //! Answers of workers that are not HTTP: 502, the worker's connection closed and never used again.
 
-use crate::support::{client, json_answer, proxy, script, variants, worker};
+use crate::support::{Gate, client, json_answer, proxy, script, variants, worker};
 
 /// `faults.md` §2.3, by name.
 fn illegal() -> Vec<(&'static str, Vec<u8>)> {
@@ -52,6 +52,28 @@ variants! {
             assert_eq!(client.chat("m").expect(200).completion(), "ok", "{name}");
             let got = worker.requests();
             assert_ne!(got.first().unwrap().connection, got.last().unwrap().connection, "{name}: reused");
+        }
+    }
+
+    fn chunks_that_are_illegal_from_the_start_are_a_502_and_later_ones_cut_the_answer(v: Variant) {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+        for chunks in ["+5\r\nhello\r\n0\r\n\r\n", "5 \r\nhello\r\n0\r\n\r\n", "5\nhello\n0\n\n", "\r\n\r\n", "5\r\nhelloX\r\n0\r\n\r\n"] {
+            let (at_once, later) = (format!("{head}{chunks}"), format!("{head}3\r\nabc\r\n"));
+            let gate = Gate::new();
+            let worker = worker().on("/at-once", script().send(at_once).close())
+                .on("/later", script().send(later).wait(&gate).send(chunks).close()).start();
+            let proxy = proxy(v).worker(&worker).start();
+            let mut client = proxy.client();
+            client.send(client::request("GET", "/at-once", "", b""));
+            let answer = client.response();
+            assert!(answer.status == 502 || !answer.complete, "{chunks:?}: {answer}");
+            let mut client = proxy.client();
+            client.send(client::request("GET", "/later", "", b""));
+            client.read_until("abc\r\n");
+            gate.open();
+            while client.fill(crate::support::patience()).is_ok() {}
+            let seen = client.seen.escape_ascii().to_string();
+            assert!(!seen.ends_with("0\\r\\n\\r\\n"), "{chunks:?} looks finished: {seen}");
         }
     }
 

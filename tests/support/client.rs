@@ -168,17 +168,21 @@ impl Client {
     pub(crate) fn fill(&mut self, limit: Duration) -> Result<usize, End> {
         self.stream.set_read_timeout(Some(limit.max(Duration::from_millis(1)))).unwrap();
         let mut piece = [0; 65536];
-        match self.stream.read(&mut piece) {
-            Ok(0) => Err(End::Closed),
-            Ok(count) => {
-                self.buffer.extend_from_slice(&piece[..count]);
-                self.seen.extend_from_slice(&piece[..count]);
-                Ok(count)
-            }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                Err(End::Silence)
-            }
-            Err(_) => Err(End::Reset),
+        loop {
+            return match self.stream.read(&mut piece) {
+                Ok(0) => Err(End::Closed),
+                Ok(count) => {
+                    self.buffer.extend_from_slice(&piece[..count]);
+                    self.seen.extend_from_slice(&piece[..count]);
+                    Ok(count)
+                }
+                // a ring that this thread has closed still interrupts it
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    Err(End::Silence)
+                }
+                Err(_) => Err(End::Reset),
+            };
         }
     }
 
@@ -210,17 +214,6 @@ impl Client {
             Ok(response) => response,
             Err((end, have)) => {
                 panic!("{end:?} before an answer; there is {:?}", have.escape_ascii().to_string())
-            }
-        }
-    }
-
-    /// The next answer that is not interim.
-    #[track_caller]
-    pub(crate) fn final_response(&mut self) -> Response {
-        loop {
-            let response = self.response();
-            if response.status >= 200 || response.status == 101 {
-                return response;
             }
         }
     }

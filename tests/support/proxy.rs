@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::mpsc, thread, time::Dura
 
 use clap::Parser;
 use vllm_proxy::{
-    app::{self, Running},
+    app::{self, Faults, Running},
     config::Config,
     net::Driver,
 };
@@ -19,8 +19,9 @@ pub(crate) struct Builder {
     expected: Vec<(SocketAddr, Vec<String>)>,
     /// Flags and their values; a later one replaces an earlier one of the same name.
     args: Vec<(String, Option<String>)>,
-    variant: Option<Variant>,
+    variant: Variant,
     wait: bool,
+    faults: Faults,
 }
 
 /// A proxy without a worker yet. Probes are quick, the grace period is short.
@@ -29,8 +30,9 @@ pub(crate) fn proxy(variant: Variant) -> Builder {
         urls: Vec::new(),
         expected: Vec::new(),
         args: Vec::new(),
-        variant: Some(variant),
+        variant,
         wait: true,
+        faults: Faults::default(),
     };
     let io = match variant.io {
         Io::Uring => "uring",
@@ -80,6 +82,12 @@ impl Builder {
         self
     }
 
+    /// Calls `fault` on a shard with the target of every request.
+    pub(crate) fn fault(mut self, fault: fn(&str)) -> Self {
+        self.faults.on_request = Some(fault);
+        self
+    }
+
     /// The command line, program name first.
     pub(crate) fn command_line(&self) -> Vec<String> {
         let mut line = vec!["vllm-proxy".to_owned()];
@@ -96,15 +104,13 @@ impl Builder {
     #[track_caller]
     pub(crate) fn start(self) -> Proxy {
         let config = Config::try_parse_from(self.command_line()).unwrap_or_else(|error| panic!("{error}"));
-        let running =
-            app::start(config).unwrap_or_else(|error| panic!("the proxy does not start: {error:#}"));
+        let running = app::start_with(config, self.faults)
+            .unwrap_or_else(|error| panic!("the proxy does not start: {error:#}"));
         let driver = running.driver();
-        if let Some(variant) = self.variant {
-            let uring = driver != Driver::Epoll;
-            assert_eq!(uring, variant.io == Io::Uring, "asked for {:?}, got {driver}", variant.io);
-        }
-        let proxy = Proxy { addr: running.addr(), driver, running: Some(running) };
-        if self.wait {
+        let uring = driver != Driver::Epoll;
+        assert_eq!(uring, self.variant.io == Io::Uring, "asked for {:?}, got {driver}", self.variant.io);
+        let proxy = Proxy { addr: running.addr(), running: Some(running) };
+        if self.wait && !self.expected.is_empty() {
             proxy.wait_for_workers(&self.expected);
         }
         proxy
@@ -114,7 +120,6 @@ impl Builder {
 /// A running proxy. Dropping it drains and joins it.
 pub(crate) struct Proxy {
     addr: SocketAddr,
-    driver: Driver,
     running: Option<Running>,
 }
 
@@ -122,11 +127,6 @@ impl Proxy {
     /// Where it listens.
     pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
-    }
-
-    /// What drives its sockets.
-    pub(crate) fn driver(&self) -> Driver {
-        self.driver
     }
 
     /// A new connection to it.
