@@ -24,6 +24,8 @@ mod config;
 mod corpora;
 /// Clients that go away; clients and workers that do not read.
 mod disconnect;
+/// What drives the sockets, and what happens where the kernel refuses it.
+mod driver;
 /// Workers that die: retries, ejection, return.
 mod failover;
 /// Logs that cannot be written, on the real binary.

@@ -1,7 +1,10 @@
 use std::{env, fmt::Write, fs, path::PathBuf};
 
 use clap::{Arg, Command};
-use vllm_proxy::config::definition;
+use vllm_proxy::{
+    config::definition,
+    vllm::{ModelSource, Treatment, endpoints::TABLE},
+};
 
 /// Holds a file against what the code says; `UPDATE_GOLDEN=1` writes it instead.
 fn agrees(path: &str, expected: impl FnOnce(&str) -> String) {
@@ -33,6 +36,40 @@ fn with_section(text: &str, name: &str, content: &str) -> String {
 fn readme_lists_every_flag() {
     agrees("README.md", |readme| with_section(readme, "flags", &flags(definition())));
 }
+
+#[test]
+fn readme_lists_every_route() {
+    agrees("README.md", |readme| with_section(readme, "routes", &routes()));
+}
+
+/// A table of what is done with vLLM's paths, from the table of endpoints.
+fn routes() -> String {
+    let mut out = String::from("| what the proxy does | routes |\n|---|---|\n");
+    let mut known = 0;
+    for (what, treated) in TREATMENTS {
+        let rows = TABLE.iter().filter(|row| treated(row.treatment));
+        let paths: Vec<String> = rows.map(|row| format!("`{}`", row.path)).collect();
+        known += paths.len();
+        writeln!(out, "| {what} | {} |", paths.join(" ")).expect("a String takes it");
+    }
+    assert_eq!(known, TABLE.len(), "a treatment stands in no row, or in two");
+    out.push_str("| sends to a worker that has the model in the JSON body, or to any | everything else |\n");
+    out
+}
+
+type Treated = fn(Treatment) -> bool;
+
+#[rustfmt::skip]
+const TREATMENTS: &[(&str, Treated)] = &[
+    ("sends to a worker that has the model named in the JSON body", |t| t == Treatment::Route(ModelSource::Json)),
+    ("sends to a worker that has the model named in the form, which may come after the file", |t| t == Treatment::Route(ModelSource::Multipart)),
+    ("tunnels the WebSocket to a worker that has the model named by `?model=`", |t| t == Treatment::Route(ModelSource::Query)),
+    ("sends to any worker", |t| t == Treatment::Route(ModelSource::None)),
+    ("answers itself, from what it knows of all workers", |t| matches!(t, Treatment::Local(_))),
+    ("answers with its own metrics", |t| t == Treatment::Admin),
+    ("sends to every worker (of the model) and makes one answer of theirs", |t| matches!(t, Treatment::Broadcast(_))),
+    ("finds the worker that holds the response", |t| t == Treatment::Sticky),
+];
 
 #[test]
 fn help_is_as_written_down() {
