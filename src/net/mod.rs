@@ -13,7 +13,7 @@ mod watch;
 pub use buffer::Buffer;
 pub use contain::{Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};
-pub use socket::{Listener, ReadHalf, WriteHalf, accept_from, connect, listen};
+pub use socket::{Listener, ReadAhead, ReadHalf, WriteHalf, accept_from, connect, listen};
 pub use watch::{Elapsed, ShardClock, TICK_MS, Watch, Watches};
 
 /// Waits for `millis` milliseconds on the shard's timer, at least one tick of it.

@@ -1,11 +1,13 @@
 //! TCP connections in two halves, and the few calls for which neither std nor monoio has a name.
 
-#![expect(unsafe_code, reason = "recv with MSG_PEEK and shutdown of a listener are calls of libc")]
+#![expect(unsafe_code, reason = "shutdown of a listener is a call of libc")]
 
 use std::{
-    io,
+    fmt, io,
     net::SocketAddr,
     os::fd::{AsRawFd, RawFd},
+    pin::Pin,
+    task::{Context, Waker},
 };
 
 use monoio::{
@@ -22,7 +24,6 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub struct ReadHalf {
     half: OwnedReadHalf<TcpStream>,
-    fd: RawFd,
 }
 
 /// The half of a connection that is written. When it is dropped the peer is sent a FIN, even while a read on
@@ -40,15 +41,78 @@ impl ReadHalf {
     pub async fn read(&mut self, buffer: Buffer) -> (io::Result<usize>, Buffer) {
         self.half.read(buffer).await
     }
+}
 
-    /// Whether nothing has come since the last read: neither bytes nor the end. Asks the kernel, without
-    /// waiting and without taking anything.
-    pub fn is_quiet(&self) -> bool {
-        let mut byte = 0u8;
-        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-        // SAFETY: the descriptor lives as long as self, and one byte of room is given.
-        let got = unsafe { libc::recv(self.fd, (&raw mut byte).cast(), 1, flags) };
-        got < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock
+/// A read that owns its half until it is done.
+type Armed = Pin<Box<dyn Future<Output = (ReadHalf, io::Result<usize>, Buffer)>>>;
+
+/// A half that can be read ahead of time: while a connection rests, its next read is under way, so that the
+/// end of the connection, or bytes that nobody asked for, are known without asking the kernel.
+pub struct ReadAhead(Ahead);
+
+enum Ahead {
+    Idle(ReadHalf),
+    Armed(Armed),
+    /// A read was dropped before it was done.
+    Lost,
+}
+
+impl ReadAhead {
+    /// Nothing is read yet.
+    pub fn new(half: ReadHalf) -> Self {
+        Self(Ahead::Idle(half))
+    }
+
+    /// Begins the next read, behind what `buffer` holds.
+    pub fn arm(&mut self, buffer: Buffer) {
+        if let Ahead::Idle(mut half) = std::mem::replace(&mut self.0, Ahead::Lost) {
+            self.0 = Ahead::Armed(Box::pin(async move {
+                let (result, buffer) = half.read(buffer).await;
+                (half, result, buffer)
+            }));
+            // the operation exists from its first poll on
+            self.is_quiet();
+        }
+    }
+
+    /// Whether a read is under way and nothing has come: neither bytes nor the end.
+    pub fn is_quiet(&mut self) -> bool {
+        let Ahead::Armed(armed) = &mut self.0 else { return false };
+        if armed.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            return true;
+        }
+        self.0 = Ahead::Lost;
+        false
+    }
+
+    /// Ends the read that is under way, or reads into what `buffer` makes. 0 is the end of the stream.
+    ///
+    /// # Cancellation
+    /// As [`ReadHalf::read`].
+    pub async fn read(&mut self, buffer: impl FnOnce() -> Buffer) -> (io::Result<usize>, Buffer) {
+        match std::mem::replace(&mut self.0, Ahead::Lost) {
+            Ahead::Idle(mut half) => {
+                let (result, buffer) = half.read(buffer()).await;
+                self.0 = Ahead::Idle(half);
+                (result, buffer)
+            }
+            Ahead::Armed(armed) => {
+                let (half, result, buffer) = armed.await;
+                self.0 = Ahead::Idle(half);
+                (result, buffer)
+            }
+            Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
+        }
+    }
+}
+
+impl fmt::Debug for ReadAhead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Ahead::Idle(_) => "ReadAhead::Idle",
+            Ahead::Armed(_) => "ReadAhead::Armed",
+            Ahead::Lost => "ReadAhead::Lost",
+        })
     }
 }
 
@@ -99,9 +163,8 @@ impl WriteHalf {
 fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
     // small heads and events must not wait for an acknowledgement; a refusal only costs latency
     stream.set_nodelay(true).ok();
-    let fd = stream.as_raw_fd();
     let (read, write) = stream.into_split();
-    (ReadHalf { half: read, fd }, WriteHalf { half: write })
+    (ReadHalf { half: read }, WriteHalf { half: write })
 }
 
 /// Opens a connection to `address`.

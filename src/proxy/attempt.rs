@@ -11,7 +11,7 @@ use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
     http::{DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, UpstreamHead, Version},
-    net::{Buffer, ReadHalf},
+    net::{Buffer, ReadAhead},
     proxy::{
         account::Account,
         body::{self, Body, Sent},
@@ -75,7 +75,7 @@ pub(super) async fn attempt(
     match run(client, account, worker, &mut connection, body, framing).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
-                cx.pool.put(worker, connection);
+                cx.pool.put(worker, connection, cx.buffers.large());
             }
             attempted
         }
@@ -220,15 +220,20 @@ async fn alongside<F: Future<Output = Sent>, T>(
 async fn receive(
     cx: &Context,
     outlet: &mut Outlet<'_>,
-    reader: &mut ReadHalf,
+    reader: &mut ReadAhead,
     wanted: Wanted,
     reused: bool,
 ) -> Result<Buffer, Failure> {
-    let mut buffer = cx.buffers.large();
     let mut interim = 0;
     outlet.answer.reset();
+    let (mut result, mut buffer) = reader.read(|| cx.buffers.large()).await;
     loop {
-        if !buffer.is_empty() {
+        match result {
+            Ok(count) if count > 0 => {}
+            _ if buffer.is_empty() && interim == 0 => return Err(Failure::NoAnswer { reused }),
+            _ => return Err(Failure::AnswerCut),
+        }
+        while !buffer.is_empty() {
             let parsed = outlet.answer.parse(buffer.filled(), wanted.to_head).map_err(Failure::BadAnswer)?;
             if let Some(count) = parsed {
                 buffer.advance(count);
@@ -247,17 +252,12 @@ async fn receive(
                     _ => return Ok(buffer),
                 }
             }
-            if buffer.spare() == 0 {
-                buffer = grow(buffer, MAX_RESPONSE_HEAD_BYTES + 1);
-            }
+            break;
         }
-        let result;
-        (result, buffer) = reader.read(buffer).await;
-        match result {
-            Ok(count) if count > 0 => {}
-            _ if buffer.is_empty() && interim == 0 => return Err(Failure::NoAnswer { reused }),
-            _ => return Err(Failure::AnswerCut),
+        if buffer.spare() == 0 {
+            buffer = grow(buffer, MAX_RESPONSE_HEAD_BYTES + 1);
         }
+        (result, buffer) = reader.read(|| buffer).await;
     }
 }
 
@@ -298,7 +298,7 @@ async fn tunnel(
             buffer = sent;
             buffer.reset(0);
             let result;
-            (result, buffer) = reader.read(buffer).await;
+            (result, buffer) = reader.read(|| buffer).await;
             if !matches!(result, Ok(count) if count > 0) {
                 return;
             }

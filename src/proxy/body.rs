@@ -23,7 +23,7 @@ pub(super) enum Body {
     /// All of it.
     Whole(Buffer),
     /// Its beginning; the rest is still with the client.
-    Streaming(Streaming),
+    Streaming(Box<Streaming>),
 }
 
 /// A body that is passed on while it arrives.
@@ -57,10 +57,10 @@ impl Body {
     pub(super) fn len(&self) -> Option<u64> {
         match self {
             Self::Whole(buffer) => Some(buffer.len() as u64),
-            Self::Streaming(Streaming { first, rest: Rest::Length(left), .. }) => {
-                Some(first.len() as u64 + left)
-            }
-            Self::Streaming(_) => None,
+            Self::Streaming(streaming) => match streaming.rest {
+                Rest::Length(left) => Some(streaming.first.len() as u64 + left),
+                Rest::Chunked(_) => None,
+            },
         }
     }
 }
@@ -126,7 +126,7 @@ async fn read_framed(
                 if enough(buffer.filled()) {
                     let received = buffer.len() as u64;
                     let rest = Rest::Length(left as u64);
-                    return Ok(Body::Streaming(Streaming { first: buffer, rest, received }));
+                    return Ok(Body::Streaming(Box::new(Streaming { first: buffer, rest, received })));
                 }
                 buffer.limit_spare(left);
                 if buffer.spare() == 0 {
@@ -151,7 +151,7 @@ async fn read_framed(
                 if decoded > 0 && enough(buffer.filled()) {
                     let received = decoded as u64;
                     let rest = Rest::Chunked(tracker);
-                    return Ok(Body::Streaming(Streaming { first: buffer, rest, received }));
+                    return Ok(Body::Streaming(Box::new(Streaming { first: buffer, rest, received })));
                 }
                 if buffer.spare() == 0 {
                     buffer = grow(
@@ -239,7 +239,10 @@ pub(super) async fn send(
                 Err(_) => Sent::Broken(Some(buffer)),
             }
         }
-        Body::Streaming(streaming) => stream(cx, inbox, writer, head, streaming, chunked).await,
+        Body::Streaming(streaming) => {
+            // rare and large: the many exchanges without it should not carry its state
+            Box::pin(stream(cx, inbox, writer, head, *streaming, chunked)).await
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use crate::{
     http::{ChunkTracker, OutFraming, ResponseFraming, Version, chunk_head},
-    net::{Buffer, ReadHalf},
+    net::{Buffer, ReadAhead},
     proxy::{client::Outlet, context::HEADROOM, inbox::Gone},
 };
 
@@ -130,7 +130,7 @@ impl Framer {
 /// Bytes may be lost: both connections must be closed.
 pub(super) async fn relay(
     outlet: &mut Outlet<'_>,
-    reader: &mut ReadHalf,
+    reader: &mut ReadAhead,
     plan: Plan,
     head: &[u8],
     mut buffer: Buffer,
@@ -154,7 +154,7 @@ pub(super) async fn relay(
         }
         buffer.reset(HEADROOM);
         let result;
-        (result, buffer) = reader.read(buffer).await;
+        (result, buffer) = reader.read(|| buffer).await;
         match result {
             Ok(count) if count > 0 => match framer.step(&mut buffer) {
                 Some(next) => step = next,

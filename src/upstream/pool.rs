@@ -1,14 +1,14 @@
 //! The idle connections of one shard.
 //!
 //! Last in, first out: what was used last is least likely to have been closed. uvicorn and vLLM's Rust front
-//! end close an idle connection after 5.0 s, so ours are younger than that; and before one is used again the
-//! kernel is asked whether anything has come on it, for whatever has is not the next answer.
+//! end close an idle connection after 5.0 s, so ours are younger than that; and while one rests its
+//! next read is under way: whatever comes before the next request is not its answer.
 
 use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::Ordering};
 
 use crate::{
     base::Millis,
-    net::{ReadHalf, ShardClock, WriteHalf, connect},
+    net::{Buffer, ReadAhead, ShardClock, WriteHalf, connect},
     upstream::Settings,
     workers::Worker,
 };
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Connection {
     /// What comes from the worker.
-    pub reader: ReadHalf,
+    pub reader: ReadAhead,
     /// What goes to the worker.
     pub writer: WriteHalf,
     /// Whether an exchange has ended on it before, so that the worker may have closed it meanwhile.
@@ -74,12 +74,14 @@ impl Pool {
         None
     }
 
-    /// Keeps `connection`, on which an exchange with `worker` has ended cleanly.
-    pub fn put(&self, worker: &Worker, mut connection: Connection) {
+    /// Keeps `connection`, on which an exchange with `worker` has ended cleanly. The next read on it begins at
+    /// once, into `buffer`.
+    pub fn put(&self, worker: &Worker, mut connection: Connection, buffer: Buffer) {
         if self.size == 0 || self.idle_ms == 0 {
             return;
         }
         connection.reused = true;
+        connection.reader.arm(buffer);
         let mut idle = self.idle.borrow_mut();
         if idle.len() <= worker.id() {
             idle.resize_with(worker.id() + 1, Vec::new);
@@ -123,6 +125,7 @@ impl Pool {
             let peer = addresses.list[(turn + n) % count];
             match connect(peer).await {
                 Ok((reader, writer)) => {
+                    let reader = ReadAhead::new(reader);
                     let generation = addresses.generation;
                     return Ok(Connection { reader, writer, reused: false, peer, generation });
                 }
