@@ -136,7 +136,7 @@ async fn run(
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
     let received = alongside(sending.as_mut(), receive(cx, outlet, reader, wanted, *reused)).await;
-    let buffer = match received {
+    let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(failure)) => {
             outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
@@ -145,22 +145,28 @@ async fn run(
         Err(failure) => return Ran::over(Attempted::Refused(failure)),
     };
 
+    let mut plan = Plan::of(outlet.answer.framing(), version);
+    let switched = outlet.answer.status() == 101;
+    let step = if switched { None } else { plan.begin(&mut buffer) };
+    if step.is_none() && !switched {
+        return Ran::over(Attempted::Failed(Failure::AnswerBody, None));
+    }
+
     // The answer has begun: nothing is tried again from here on, and the body is not needed any more.
     if let Some(body) = kept(sending.as_mut()) {
         cx.buffers.recycle(body);
     }
     account.answered(outlet.answer.status());
-    let plan = Plan::of(outlet.answer.framing(), version);
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
     let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra: &[] };
     outlet.answer.write_downstream(&mut answer_head, &downstream);
 
-    if outlet.answer.status() == 101 {
+    let Some(step) = step else {
         return Ran::Switched { head: answer_head, buffer };
-    }
-    let relayed = alongside(sending.as_mut(), relay(outlet, reader, plan, &answer_head, buffer)).await;
+    };
+    let relayed = alongside(sending.as_mut(), relay(outlet, reader, plan, &answer_head, step, buffer)).await;
     outlet.scratch = answer_head;
     let Ok((relayed, buffer)) = relayed else {
         // the client broke its own request off after the answer had begun

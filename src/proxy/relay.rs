@@ -47,6 +47,12 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Looks at the part of the body that came with the head, while the client can still be told if it is
+    /// broken: `None`.
+    pub(super) fn begin(&mut self, buffer: &mut Buffer) -> Option<Step> {
+        self.framer.step(buffer)
+    }
+
     pub(super) fn of(framing: ResponseFraming, version: Version) -> Self {
         let (framer, framing, closes) = match (framing, version) {
             (ResponseFraming::None, _) => (Framer::Empty, OutFraming::AsReceived, false),
@@ -68,7 +74,7 @@ impl Plan {
 
 /// One part of a body has been looked at.
 #[derive(Debug, Clone, Copy)]
-struct Step {
+pub(super) struct Step {
     /// The body ends with this part.
     done: bool,
     /// Bytes came behind its end: they belong to nothing.
@@ -124,7 +130,7 @@ impl Framer {
     }
 }
 
-/// Sends `head` and the body whose first bytes stand in `buffer`.
+/// Sends `head` and the body whose first part, `step`, stands in `buffer`.
 ///
 /// # Cancellation
 /// Bytes may be lost: both connections must be closed.
@@ -133,12 +139,10 @@ pub(super) async fn relay(
     reader: &mut ReadAhead,
     plan: Plan,
     head: &[u8],
+    mut step: Step,
     mut buffer: Buffer,
 ) -> (Relayed, Buffer) {
     let mut framer = plan.framer;
-    let Some(mut step) = framer.step(&mut buffer) else {
-        return (Relayed::Broken, buffer);
-    };
     if !buffer.prepend(head) {
         let Ok(_) = outlet.send(Buffer::from_slice(head)).await else { return (Relayed::ClientGone, buffer) };
     }

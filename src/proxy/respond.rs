@@ -120,7 +120,11 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
             (answer, Refusal::NoWorker)
         }
-        Failure::NoAnswer { .. } | Failure::BadAnswer(_) | Failure::AnswerCut | Failure::Unexpected(_) => {
+        Failure::NoAnswer { .. }
+        | Failure::BadAnswer(_)
+        | Failure::AnswerCut
+        | Failure::AnswerBody
+        | Failure::Unexpected(_) => {
             (Answer::error(502, &format!("The worker failed: {failure}.")), Refusal::BadAnswer)
         }
     })

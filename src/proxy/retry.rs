@@ -54,6 +54,9 @@ pub(super) enum Failure {
     /// The answer's head broke off.
     #[error("the answer broke off within its head")]
     AnswerCut,
+    /// The framing of the answer's body is broken, and was so before any of it was passed on.
+    #[error("the chunked coding of the answer is broken")]
+    AnswerBody,
     /// An answer that nobody asked for: 101 without an upgrade, or a flood of interim answers.
     #[error("the answer is out of place: {0}")]
     Unexpected(&'static str),
@@ -96,7 +99,7 @@ impl Failure {
     pub(super) fn is_transport(&self) -> bool {
         match self {
             Self::Connect(_) | Self::ConnectLate | Self::NoAnswer { .. } => true,
-            Self::BadAnswer(_) | Self::AnswerCut | Self::Unexpected(_) => true,
+            Self::BadAnswer(_) | Self::AnswerCut | Self::AnswerBody | Self::Unexpected(_) => true,
             _ => false,
         }
     }
