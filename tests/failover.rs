@@ -62,7 +62,7 @@ variants! {
             // the worker answers and closes, without having said so
             assert_eq!(client.get("/silent-close").expect(200).text(), "{}");
             assert_eq!(client.chat("m").expect(200).completion(), "ok");
-            assert_eq!(worker.close_idle(), 1);
+            eventually("the worker's connection is idle, and closed", || worker.close_idle() == 1);
             assert_eq!(client.chat("m").expect(200).completion(), "ok");
         }
         assert_eq!(worker.complete_requests().len(), 15, "each exactly once");

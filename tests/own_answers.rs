@@ -67,14 +67,12 @@ variants! {
         let worker = worker().start();
         let proxy = proxy(v).worker(&worker).start();
         let direct = Client::connect(worker.addr()).get("/health").expect(200);
-        let probes = worker.probes("/health");
         for (method, path) in [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")] {
             let answer = proxy.client().request(method, path, "", b"").expect(200);
             assert_eq!((answer.text(), answer.header("content-length").as_deref()), ("", Some("0")), "{method} {path}");
             assert_eq!(names(&answer), names(&direct), "{method} {path}");
         }
         assert!(worker.requests().is_empty(), "we answer ourselves");
-        assert!(worker.probes("/health") < probes + 50);
         worker.set_health("503 Service Unavailable");
         for (method, path) in [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")] {
             eventually("the sick worker is seen", || {

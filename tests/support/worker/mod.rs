@@ -281,14 +281,6 @@ impl Worker {
         lock(&self.shared.requests).clear();
     }
 
-    /// How often `GET path` was asked.
-    pub(crate) fn probes(&self, path: &str) -> usize {
-        self.all_requests()
-            .iter()
-            .filter(|request| request.is_probe() && request.path() == path && request.answered)
-            .count()
-    }
-
     /// What came that is not HTTP/1.1, in words.
     pub(crate) fn malformed(&self) -> Vec<String> {
         lock(&self.shared.malformed).clone()
