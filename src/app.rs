@@ -44,8 +44,10 @@ pub struct Running {
 /// Faults that tests put into a proxy.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Faults {
-    /// Called on a shard with the target of every request.
+    /// Called on a shard with the target of every request, within its connection.
     pub on_request: Option<fn(&str)>,
+    /// Called on a shard with every tick, outside of any connection: a panic ends the shard.
+    pub on_tick: Option<fn()>,
 }
 
 /// Starts a proxy; returns when it accepts connections.
@@ -110,7 +112,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             policy: config.routing.policy.0.build,
             fault: faults.on_request,
         };
-        let order = Start { listener, parts, orders: orders.clone(), ended: end.clone() };
+        let (orders, ended) = (orders.clone(), end.clone());
+        let order = Start { listener, parts, orders, on_tick: faults.on_tick, ended };
         starting.go.send(Order::Start(Box::new(order))).ok().context("a shard ended before it began")?;
         shards.push(starting.thread);
     }
@@ -262,6 +265,7 @@ struct Start {
     listener: TcpListener,
     parts: proxy::Parts,
     orders: Arc<Orders>,
+    on_tick: Option<fn()>,
     ended: mpsc::Sender<()>,
 }
 
@@ -325,9 +329,9 @@ fn shard_thread(
             }
             Order::Start(start) => {
                 let runtime = runtime.context("a shard was started before its runtime was built")?;
-                let Start { listener, parts, orders, ended } = *start;
+                let Start { listener, parts, orders, on_tick, ended } = *start;
                 let _tell = TellEnd(ended);
-                return shard::run(runtime, listener, parts, orders).context("a shard failed");
+                return shard::run(runtime, listener, parts, orders, on_tick).context("a shard failed");
             }
         }
     }

@@ -1,4 +1,11 @@
-//! A task that panics costs its own connection and nothing else.
+//! A task that panics costs its own connection and nothing else; a shard that panics ends the process.
+
+use std::time::Duration;
+
+use vllm_proxy::{
+    app::{Faults, start_with},
+    config::Config,
+};
 
 use crate::support::{
     Gate, client, eventually, proxy, script, sse_event, variants, worker,
@@ -36,4 +43,17 @@ variants! {
         });
         assert!(worker.requests().iter().all(|got| got.path() != "/boom"));
     }
+}
+
+#[test]
+fn a_dead_shard_is_told_and_ends_the_process() {
+    let flags =
+        ["--host", "127.0.0.1", "--port", "0", "--threads", "2", "--worker-urls", "http://127.0.0.1:9"];
+    let faults =
+        Faults { on_tick: Some(|| panic!("a dead shard that this test wants")), ..Faults::default() };
+    let running = start_with(Config::from_flags(flags).unwrap(), faults).unwrap();
+    assert!(running.shard_ended_within(Duration::from_secs(30)), "nobody was told");
+    // the binary gives up as soon as it is told; here the end is waited for
+    running.drain();
+    assert_eq!(running.wait().unwrap_err().to_string(), "a shard panicked");
 }

@@ -172,10 +172,9 @@ impl Watches {
         self.clock.now.set(self.clock.clock.millis());
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
-            if watch.over() || watch.is_cut() {
-                if let Some(waker) = watch.waker.borrow().as_ref() {
-                    waker.wake_by_ref();
-                }
+            let due = watch.over() || watch.is_cut();
+            if let (true, Some(waker)) = (due, watch.waker.borrow().as_ref()) {
+                waker.wake_by_ref();
             }
             true
         });

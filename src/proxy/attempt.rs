@@ -104,10 +104,9 @@ impl Ran {
 /// A connection to `worker`: one that has rested, or a new one.
 async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Result<Connection, Failure> {
     let cx = client.cx;
-    if !fresh {
-        if let Some(connection) = cx.pool.take(worker) {
-            return Ok(connection);
-        }
+    let rested = if fresh { None } else { cx.pool.take(worker) };
+    if let Some(connection) = rested {
+        return Ok(connection);
     }
     match client.outlet.watch.limit(cx.connect_ms, cx.pool.open(worker)).await {
         Ok(Ok(connection)) => Ok(connection),
@@ -211,10 +210,9 @@ async fn alongside<F: Future<Output = Sent>, T>(
 ) -> Result<T, Failure> {
     let mut main = pin!(main);
     poll_fn(|context| {
-        if sending.as_mut().poll(context).is_ready() {
-            if let Some(Sent::ClientFault(failure)) = sending.as_mut().output_mut() {
-                return Poll::Ready(Err(std::mem::replace(failure, Failure::ClientGone)));
-            }
+        let sent = sending.as_mut().poll(context).is_ready();
+        if let (true, Some(Sent::ClientFault(failure))) = (sent, sending.as_mut().output_mut()) {
+            return Poll::Ready(Err(std::mem::replace(failure, Failure::ClientGone)));
         }
         main.as_mut().poll(context).map(Ok)
     })

@@ -69,7 +69,7 @@ pub struct Context {
     shard: usize,
     fleet: RefCell<arc_swap::Cache<FleetHandle, Arc<Fleet>>>,
     /// The newest fleet again, with a count that no other shard touches.
-    own_fleet: RefCell<Rc<Arc<Fleet>>>,
+    own_fleet: RefCell<Rc<Snapshot>>,
     random: Cell<u64>,
     date: RefCell<(u64, Rc<str>)>,
     connections: Cell<usize>,
@@ -92,7 +92,7 @@ impl Context {
             positions: RefCell::default(),
             metrics: parts.metrics,
             shard: parts.shard,
-            own_fleet: RefCell::new(Rc::new(parts.fleet.load_full())),
+            own_fleet: RefCell::new(Rc::new(Snapshot(parts.fleet.load_full()))),
             fleet: RefCell::new(arc_swap::Cache::new(parts.fleet)),
             // any odd start will do; shards differ so that they do not choose in step
             random: Cell::new(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(2 * parts.shard as u64 + 1)),
@@ -102,12 +102,12 @@ impl Context {
     }
 
     /// The newest fleet.
-    pub(super) fn fleet(&self) -> Rc<Arc<Fleet>> {
+    pub(super) fn fleet(&self) -> Rc<Snapshot> {
         let mut cache = self.fleet.borrow_mut();
         let newest = cache.load();
         let mut own = self.own_fleet.borrow_mut();
-        if !Arc::ptr_eq(newest, &own) {
-            *own = Rc::new(newest.clone());
+        if !Arc::ptr_eq(newest, &own.0) {
+            *own = Rc::new(Snapshot(newest.clone()));
         }
         own.clone()
     }
@@ -172,6 +172,18 @@ impl Context {
 impl std::fmt::Debug for Context {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Context").field("shard", &self.shard).finish_non_exhaustive()
+    }
+}
+
+/// A fleet that one shard holds. Exchanges count their use of it here: the fleet's own count would be a line
+/// that all shards write to with every request.
+pub(super) struct Snapshot(Arc<Fleet>);
+
+impl std::ops::Deref for Snapshot {
+    type Target = Fleet;
+
+    fn deref(&self) -> &Fleet {
+        &self.0
     }
 }
 

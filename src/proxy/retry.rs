@@ -97,11 +97,16 @@ impl Failure {
 
     /// Whether it is counted as the worker's transport error.
     pub(super) fn is_transport(&self) -> bool {
-        match self {
-            Self::Connect(_) | Self::ConnectLate | Self::NoAnswer { .. } => true,
-            Self::BadAnswer(_) | Self::AnswerCut | Self::AnswerBody | Self::Unexpected(_) => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Self::Connect(_)
+                | Self::ConnectLate
+                | Self::NoAnswer { .. }
+                | Self::BadAnswer(_)
+                | Self::AnswerCut
+                | Self::AnswerBody
+                | Self::Unexpected(_)
+        )
     }
 }
 

@@ -51,7 +51,7 @@ impl Orders {
     }
 }
 
-/// Runs a shard on the calling thread until it has drained.
+/// Runs a shard on the calling thread until it has drained. `on_tick` is for tests that need a fault.
 ///
 /// # Errors
 /// The listener cannot be watched by the driver.
@@ -60,12 +60,16 @@ pub fn run(
     listener: std::net::TcpListener,
     parts: Parts,
     orders: Arc<Orders>,
+    on_tick: Option<fn()>,
 ) -> io::Result<()> {
     let cx = Rc::new(Context::new(parts));
     runtime.block_on(async move {
         let listener = Rc::new(accept_from(listener)?);
         spawn(accept(listener.clone(), cx.clone(), orders.clone()));
         while !orders.drain.load(Ordering::Relaxed) {
+            if let Some(fault) = on_tick {
+                fault();
+            }
             cx.tick();
             pause(TICK_MS).await;
         }
