@@ -203,8 +203,11 @@ pub fn demo(config: Config) -> anyhow::Result<()> {
     let workers = demo::start_workers(DEMO_WORKERS).context("cannot start the fake workers")?;
     let config = Config { worker_urls: workers.urls().to_vec(), ..config };
     run_until_signal(config, |address| {
+        let mut out = std::io::stdout();
+        out.write_all(b"One streamed answer, through the proxy:\n\n  ").context("cannot print")?;
+        demo::show(address, &mut out).context("cannot stream an answer")?;
         let text = demo::text(address, &workers);
-        std::io::stdout().write_all(text.as_bytes()).context("cannot print")
+        out.write_all(format!("\n{text}").as_bytes()).context("cannot print")
     })
 }
 

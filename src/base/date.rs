@@ -1,6 +1,6 @@
 //! Calendar dates of the wall clock, for the `date` field of answers and for log lines.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use crate::base::unix_millis;
 
 /// A moment in UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,14 +30,16 @@ const MONTHS: [&str; 12] =
 impl Date {
     /// Now, by the wall clock; never used to decide anything.
     pub fn now() -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self::from_unix(i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_millis())
+        Self::from_unix_millis(unix_millis())
     }
 
-    /// The moment `seconds` after 1970-01-01T00:00:00Z (Hinnant's `civil_from_days`).
-    pub fn from_unix(seconds: i64, millis: u32) -> Self {
+    /// The moment `unix_millis` after 1970-01-01T00:00:00Z (Hinnant's `civil_from_days`).
+    pub fn from_unix_millis(unix_millis: u64) -> Self {
+        let seconds = i64::try_from(unix_millis / 1000).unwrap_or(i64::MAX);
+        let millis = u32::try_from(unix_millis % 1000).unwrap_or(0);
         let days = seconds.div_euclid(86_400);
         let rest = seconds.rem_euclid(86_400);
+        // days since 0000-03-01, so that a leap day is the last day of its year
         let shifted = days + 719_468;
         let era = shifted.div_euclid(146_097);
         let day_of_era = shifted.rem_euclid(146_097);
@@ -57,6 +59,12 @@ impl Date {
             second: rest % 60,
             millis,
         }
+    }
+
+    /// As logs write it: `2026-11-21T09:10:03.000Z` (RFC 3339).
+    pub fn rfc3339(&self) -> String {
+        let Self { year, month, day, hour, minute, second, millis, .. } = self;
+        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
     }
 
     /// As HTTP writes it: `Sat, 21 Nov 2026 09:10:03 GMT` (RFC 9110 §5.6.7).
@@ -80,9 +88,11 @@ mod tests {
 
     #[test]
     fn dates_are_those_of_the_calendar() {
-        assert_eq!(Date::from_unix(0, 0).http(), "Thu, 01 Jan 1970 00:00:00 GMT");
-        assert_eq!(Date::from_unix(1_795_252_203, 0).http(), "Sat, 21 Nov 2026 09:10:03 GMT");
-        assert_eq!(Date::from_unix(951_782_400, 0).http(), "Tue, 29 Feb 2000 00:00:00 GMT");
-        assert_eq!(Date::from_unix(4_107_542_399, 0).http(), "Sun, 28 Feb 2100 23:59:59 GMT");
+        let http = |seconds: u64| Date::from_unix_millis(seconds * 1000).http();
+        assert_eq!(http(0), "Thu, 01 Jan 1970 00:00:00 GMT");
+        assert_eq!(http(1_795_252_203), "Sat, 21 Nov 2026 09:10:03 GMT");
+        assert_eq!(http(951_782_400), "Tue, 29 Feb 2000 00:00:00 GMT");
+        assert_eq!(http(4_107_542_399), "Sun, 28 Feb 2100 23:59:59 GMT");
+        assert_eq!(Date::from_unix_millis(951_782_400_007).rfc3339(), "2000-02-29T00:00:00.007Z");
     }
 }

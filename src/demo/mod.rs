@@ -7,9 +7,10 @@
 mod worker;
 
 use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    io::{self, BufRead, BufReader, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     thread,
+    time::Duration,
 };
 
 use tokio::{runtime, sync::oneshot, task::JoinSet};
@@ -17,6 +18,9 @@ use tokio::{runtime, sync::oneshot, task::JoinSet};
 use crate::workers::WorkerUrl;
 
 pub use worker::{MODEL, TOKEN_PAUSE};
+
+/// What the demo's own request may take between two events.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The running workers. Dropping it closes their listeners and connections and waits for their thread.
 #[derive(Debug)]
@@ -98,7 +102,7 @@ pub fn text(address: SocketAddr, workers: &Workers) -> String {
 vllm-proxy with {count} fake workers, as one vLLM at http://{address}
 
 {list}
-Stream an answer, a few times; it says which worker it comes from:
+Try it: stream an answer, a few times; it says which worker it comes from:
 
   curl -N http://{address}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{\"model\":\"{MODEL}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Who are you?\"}}]}}'
@@ -106,6 +110,34 @@ Stream an answer, a few times; it says which worker it comes from:
 Further: /v1/models, /health, /metrics. Ctrl-C ends it.
 "
     )
+}
+
+/// Asks the proxy at `address` for a streamed answer and writes its text to `out` as it comes.
+///
+/// # Errors
+/// The proxy cannot be reached, or `out` is closed.
+pub fn show(address: SocketAddr, out: &mut impl Write) -> io::Result<()> {
+    let body = format!(
+        r#"{{"model":"{MODEL}","stream":true,"messages":[{{"role":"user","content":"Who are you?"}}]}}"#
+    );
+    let mut stream = TcpStream::connect(reachable(address))?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+    let length = body.len();
+    write!(
+        stream,
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: demo\r\nContent-Type: application/json\r\n\
+         Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )?;
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        let Some(event) = line.strip_prefix("data: ").filter(|event| *event != "[DONE]") else { continue };
+        let event: serde_json::Value = serde_json::from_str(event).unwrap_or_default();
+        if let Some(token) = event["choices"][0]["delta"]["content"].as_str() {
+            out.write_all(token.as_bytes())?;
+            out.flush()?;
+        }
+    }
+    out.write_all(b"\n")
 }
 
 /// An address to connect to, for one to listen on.
@@ -120,11 +152,7 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{Read, Write},
-        net::TcpStream,
-        time::Duration,
-    };
+    use std::io::Read;
 
     use serde_json::Value;
 

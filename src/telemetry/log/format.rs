@@ -7,6 +7,8 @@ use std::fmt::Write;
 
 use tracing::Level;
 
+use crate::base::Date;
+
 use super::{
     record::{Record, Value},
     settings::Format,
@@ -144,22 +146,9 @@ fn colour(level: Level) -> Option<u8> {
     }
 }
 
-/// RFC 3339 in UTC with milliseconds. The civil date is computed by Howard Hinnant's `civil_from_days`; a crate
-/// for dates would be carried for these lines only.
+/// RFC 3339 in UTC with milliseconds.
 fn timestamp(out: &mut String, unix_ms: u64) {
-    let (days, ms) = (unix_ms / 86_400_000, unix_ms % 86_400_000);
-    // Days since 0000-03-01, so that a leap day is the last day of its year.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let months_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * months_from_march + 2) / 5 + 1;
-    let month = if months_from_march < 10 { months_from_march + 3 } else { months_from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60);
-    let ms = ms % 1000;
-    put(out, format_args!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z"));
+    put(out, format_args!("{}", Date::from_unix_millis(unix_ms).rfc3339()));
 }
 
 /// Appends what is formatted.
