@@ -36,6 +36,8 @@ mod models;
 mod own_answers;
 /// A task that panics.
 mod panics;
+/// Workers by name, by IPv6, below a path.
+mod places;
 /// Any split of the bytes parses alike.
 mod properties;
 /// README and `--help` say what the code says.

@@ -77,6 +77,7 @@ pub(crate) struct Builder {
     echo: bool,
     hold: Option<Gate>,
     may_be_sent_nonsense: bool,
+    ip: Option<IpAddr>,
 }
 
 /// A worker to be; without a [`Builder::model`] it serves `m`.
@@ -88,6 +89,7 @@ pub(crate) fn worker() -> Builder {
         echo: false,
         hold: None,
         may_be_sent_nonsense: false,
+        ip: None,
     }
 }
 
@@ -163,12 +165,19 @@ impl Builder {
         self
     }
 
+    /// Listens at this address, on a port of the kernel's choice, instead of an address of its own.
+    pub(crate) fn at(mut self, ip: impl Into<IpAddr>) -> Self {
+        self.ip = Some(ip.into());
+        self
+    }
+
     /// Starts to listen.
     pub(crate) fn start(mut self) -> Worker {
         if self.changeable.cards.is_empty() {
             self = self.model("m");
         }
-        let listener = TcpListener::bind((own_ip(), 0)).expect("cannot bind a loopback address");
+        let listener =
+            TcpListener::bind((self.ip.unwrap_or_else(own_ip), 0)).expect("cannot bind a loopback address");
         let addr = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
             addr,
