@@ -11,10 +11,10 @@ mod socket;
 mod watch;
 
 pub use buffer::Buffer;
-pub use contain::{Panicked, contain};
+pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};
 pub use socket::{Listener, ReadAhead, ReadHalf, WriteHalf, accept_from, connect, listen};
-pub use watch::{Elapsed, ShardClock, TICK_MS, Watch, Watches};
+pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
 
 /// Waits for `millis` milliseconds on the shard's timer, at least one tick of it.
 ///

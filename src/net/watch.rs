@@ -6,10 +6,12 @@
 
 use std::{
     cell::{Cell, RefCell},
-    pin::{Pin, pin},
+    pin::Pin,
     rc::{Rc, Weak},
-    task::{Poll, Waker},
+    task::{Context, Poll, Waker},
 };
+
+use pin_project_lite::pin_project;
 
 use crate::base::{Clock, Millis};
 
@@ -75,13 +77,13 @@ impl Watch {
     /// Runs `phase` for at most `millis` milliseconds; 0 is no limit.
     ///
     /// # Errors
-    /// [`Elapsed`] when the time is over; `phase` is dropped then.
+    /// [`Elapsed`] when the time is over.
     ///
     /// # Cancellation
     /// As `phase`.
-    pub async fn limit<T>(&self, millis: u64, phase: impl Future<Output = T>) -> Result<T, Elapsed> {
+    pub fn limit<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
         let deadline = if millis == 0 { Millis::MAX } else { self.clock.now().saturating_add(millis) };
-        self.run(deadline, false, phase).await
+        Limited { watch: self, deadline, idle: false, phase }
     }
 
     /// As [`Watch::limit`], and draining ends the phase too: nobody waits for anything in it.
@@ -91,35 +93,42 @@ impl Watch {
     ///
     /// # Cancellation
     /// As `phase`.
-    pub async fn idle<T>(&self, millis: u64, phase: impl Future<Output = T>) -> Result<T, Elapsed> {
-        self.run(self.clock.now().saturating_add(millis), true, phase).await
-    }
-
-    async fn run<T>(
-        &self,
-        deadline: Millis,
-        idle: bool,
-        phase: impl Future<Output = T>,
-    ) -> Result<T, Elapsed> {
-        let mut phase = pin!(phase);
-        self.deadline.set(deadline);
-        self.idle.set(idle);
-        let result = std::future::poll_fn(|context| {
-            let phase: Pin<&mut _> = phase.as_mut();
-            if let Poll::Ready(value) = phase.poll(context) {
-                return Poll::Ready(Ok(value));
-            }
-            self.belongs_to(context.waker());
-            if self.over() { Poll::Ready(Err(Elapsed)) } else { Poll::Pending }
-        })
-        .await;
-        self.deadline.set(Millis::MAX);
-        self.idle.set(false);
-        result
+    pub fn idle<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
+        Limited { watch: self, deadline: self.clock.now().saturating_add(millis), idle: true, phase }
     }
 
     fn over(&self) -> bool {
         self.clock.now() >= self.deadline.get() || self.idle.get() && self.draining.get()
+    }
+}
+
+pin_project! {
+    /// A phase with a limit. Written by hand because an `async fn` would hold the phase twice, and every
+    /// exchange is made of such phases.
+    #[derive(Debug)]
+    pub struct Limited<'a, F> {
+        watch: &'a Watch,
+        deadline: Millis,
+        idle: bool,
+        #[pin]
+        phase: F,
+    }
+}
+
+impl<F: Future> Future for Limited<'_, F> {
+    type Output = Result<F::Output, Elapsed>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(value) = this.phase.poll(context) {
+            this.watch.deadline.set(Millis::MAX);
+            this.watch.idle.set(false);
+            return Poll::Ready(Ok(value));
+        }
+        this.watch.deadline.set(*this.deadline);
+        this.watch.idle.set(*this.idle);
+        this.watch.belongs_to(context.waker());
+        if this.watch.over() { Poll::Ready(Err(Elapsed)) } else { Poll::Pending }
     }
 }
 
@@ -184,7 +193,7 @@ impl Watches {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{future::pending, task::Context};
+    use std::{future::pending, pin::pin};
 
     fn poll<T>(task: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
         task.poll(&mut Context::from_waker(Waker::noop()))

@@ -80,7 +80,7 @@ pub(super) async fn attempt(
             attempted
         }
         Ran::Switched { head, buffer } => {
-            tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer).await;
+            Box::pin(tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer)).await;
             account.complete();
             Attempted::Answered(After::Close)
         }
@@ -108,7 +108,8 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
     if let Some(connection) = rested {
         return Ok(connection);
     }
-    match client.outlet.watch.limit(cx.connect_ms, cx.pool.open(worker)).await {
+    // rare beside the exchanges on rested connections, which should not carry its state
+    match client.outlet.watch.limit(cx.connect_ms, Box::pin(cx.pool.open(worker))).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(Failure::Connect(error)),
         Err(_) => Err(Failure::ConnectLate),
@@ -134,7 +135,10 @@ async fn run(
 
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
-    let received = alongside(sending.as_mut(), receive(cx, outlet, reader, wanted, *reused)).await;
+    let received = {
+        let receiving = pin!(receive(cx, outlet, reader, wanted, *reused));
+        alongside(sending.as_mut(), receiving).await
+    };
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(failure)) => {
@@ -165,7 +169,10 @@ async fn run(
     let Some(step) = step else {
         return Ran::Switched { head: answer_head, buffer };
     };
-    let relayed = alongside(sending.as_mut(), relay(outlet, reader, plan, &answer_head, step, buffer)).await;
+    let relayed = {
+        let relaying = pin!(relay(outlet, reader, plan, &answer_head, step, buffer));
+        alongside(sending.as_mut(), relaying).await
+    };
     outlet.scratch = answer_head;
     let Ok((relayed, buffer)) = relayed else {
         // the client broke its own request off after the answer had begun
@@ -206,9 +213,8 @@ fn kept<F: Future<Output = Sent>>(sending: Pin<&mut MaybeDone<F>>) -> Option<Buf
 /// As both.
 async fn alongside<F: Future<Output = Sent>, T>(
     mut sending: Pin<&mut MaybeDone<F>>,
-    main: impl Future<Output = T>,
+    mut main: Pin<&mut impl Future<Output = T>>,
 ) -> Result<T, Failure> {
-    let mut main = pin!(main);
     poll_fn(|context| {
         let sent = sending.as_mut().poll(context).is_ready();
         if let (true, Some(Sent::ClientFault(failure))) = (sent, sending.as_mut().output_mut()) {
@@ -249,7 +255,7 @@ async fn receive(
                         if interim > MAX_INTERIM {
                             return Err(Failure::Unexpected("too many interim answers"));
                         }
-                        pass_interim(outlet, wanted.version).await?;
+                        Box::pin(pass_interim(outlet, wanted.version)).await?;
                         outlet.answer.reset();
                         continue;
                     }

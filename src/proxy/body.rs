@@ -199,7 +199,7 @@ impl Client<'_> {
             return Ok(());
         }
         let go_on = Buffer::from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
-        match self.outlet.send(go_on).await {
+        match Box::pin(self.outlet.send(go_on)).await {
             Ok(_) => Ok(()),
             Err(Gone) => Err(Failure::ClientGone),
         }

@@ -101,13 +101,13 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
         let after = match client.read_head().await {
             Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
             Ok(None) => After::Close,
-            Err(failure) => client.refuse(&failure).await,
+            Err(failure) => Box::pin(client.refuse(&failure)).await,
         };
         cx.metrics().bytes_in(inbox.take_received());
         match after {
             After::KeepAlive => {}
             After::Close => return,
-            After::Linger => return client.linger().await,
+            After::Linger => return Box::pin(client.linger()).await,
         }
     }
 }
