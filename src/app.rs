@@ -155,14 +155,17 @@ impl Running {
     /// # Errors
     /// A shard failed or panicked.
     pub fn wait(self) -> anyhow::Result<()> {
+        let clock = Clock::start();
         let mut left = self.shards.len();
         while left > 0 {
-            match self.ended.recv_timeout(self.grace) {
+            let grace = self.grace.saturating_sub(Duration::from_millis(clock.millis()));
+            match self.ended.recv_timeout(grace) {
                 Ok(()) => left -= 1,
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     tracing::warn!("the grace is over; running exchanges are cut");
                     self.orders.give_up();
+                    break;
                 }
             }
         }
@@ -322,9 +325,11 @@ fn shard_thread(
     core: Option<core_affinity::CoreId>,
 ) -> anyhow::Result<()> {
     let mut runtime = None;
+    let mut driver = Driver::Epoll;
     while let Ok(order) = orders.recv() {
         match order {
-            Order::Build(driver) => {
+            Order::Build(candidate) => {
+                driver = candidate;
                 // the old ring goes before the new one comes: both might not fit
                 drop(runtime.take());
                 let built = shard::prepare(driver, core).map(|built| runtime = Some(built));
@@ -334,7 +339,8 @@ fn shard_thread(
                 let runtime = runtime.context("a shard was started before its runtime was built")?;
                 let Start { listener, parts, orders, on_tick, ended } = *start;
                 let _tell = TellEnd(ended);
-                return shard::run(runtime, listener, parts, orders, on_tick).context("a shard failed");
+                return shard::run(runtime, driver, listener, parts, orders, on_tick)
+                    .context("a shard failed");
             }
         }
     }

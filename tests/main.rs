@@ -46,6 +46,8 @@ mod readme;
 mod reference;
 /// What never reaches a worker: 400, 408, 413, 414, 431.
 mod refused;
+/// One test per fixed bug. Try not to add more.
+mod regression;
 /// Least requests.
 mod routing;
 /// Draining and signals.

@@ -247,6 +247,20 @@ variants! {
         assert_eq!(got[0].json()["model"], "b");
     }
 
+    fn what_names_no_model_goes_to_one_kind_of_worker(v: Variant) {
+        let workers = two();
+        let proxy = proxy(v).worker(&workers[0]).worker(&workers[1]).start();
+        let mut client = proxy.client();
+        for _ in 0..4 {
+            client.post("/v1/chat/completions", "[]");
+            client.post("/v1/chat/completions", r#"{"model":5}"#);
+            client.get("/v1/chat/completions");
+            client.get("/tokenizer_info");
+        }
+        // the first model's; of the other kind a worker may not have the path
+        assert_eq!(names(&workers), "a".repeat(16));
+    }
+
     fn a_worker_that_does_not_tell_its_models_may_have_any(v: Variant) {
         let open = worker().on("/v1/models", script().send(crate::support::answer(
             "401 Unauthorized", "application/json", "", r#"{"error":"Unauthorized"}"#))).echo().start();

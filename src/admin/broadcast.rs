@@ -10,7 +10,7 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
     response::Response,
     routing::{MethodRouter, on},
 };
@@ -111,12 +111,8 @@ fn only_good(method: &Method, answers: Vec<Answer>) -> Vec<(String, u16, Vec<u8>
 
 fn answer(rule: Aggregate, answers: Vec<(String, u16, Vec<u8>)>) -> Response {
     let (status, body, content_type) = vllm::aggregate(rule, &answers);
-    let mut response = Response::new(Body::from(body));
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
-    if let Some(content_type) = content_type {
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    }
-    response
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
+    respond::made(status, content_type, body)
 }
 
 fn fields(headers: &HeaderMap) -> HeaderMap {

@@ -5,8 +5,8 @@ use std::sync::{Arc, atomic::Ordering};
 use axum::{
     Router,
     extract::State,
-    http::{HeaderMap, header},
-    response::{IntoResponse, Response},
+    http::{HeaderMap, StatusCode, header},
+    response::Response,
     routing::get,
 };
 
@@ -32,7 +32,7 @@ async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Respons
     let format = Exposition::accepted(accept);
     let samples = admin.control.fleet().load().workers.iter().map(|worker| sample(worker)).collect();
     match admin.metrics.encode(format, samples) {
-        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
+        Ok(text) => respond::made(StatusCode::OK, Some(format.content_type()), text.into_bytes()),
         Err(_) => respond::internal("the metrics could not be written"),
     }
 }

@@ -6,6 +6,7 @@ use axum::{
     response::Response,
 };
 
+use crate::base::Date;
 use crate::control::AttemptError;
 use crate::vllm::errors;
 
@@ -74,8 +75,23 @@ fn body(status: StatusCode, message: &str) -> Vec<u8> {
 }
 
 fn json(status: StatusCode, body: Vec<u8>) -> Response {
+    made(status, Some("application/json"), body)
+}
+
+/// An answer of ours, its fields in the order of vLLM's Python front end (`vllm-surface.md` §3.1).
+pub(super) fn made(status: StatusCode, content_type: Option<&'static str>, body: Vec<u8>) -> Response {
+    let length = body.len();
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let fields = response.headers_mut();
+    if let Ok(date) = HeaderValue::try_from(Date::now().http()) {
+        fields.insert(header::DATE, date);
+    }
+    fields.insert(header::SERVER, HeaderValue::from_static("vllm-proxy"));
+    fields.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    if let Some(content_type) = content_type {
+        fields.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    }
+    fields.insert(header::VARY, HeaderValue::from_static("Origin"));
     response
 }

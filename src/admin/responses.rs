@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use crate::admin::{Admin, Definition, forward::copy, forward::forward, respond};
 use crate::control::{self, AttemptError};
-use crate::vllm::{Facts, Key, scan_json};
+use crate::vllm::{Facts, Key, errors, scan_json};
 use crate::workers::{Resolved, Worker};
 
 /// Time for the heads of all answers: looking a response up is no work, and a stream of it begins at once.
@@ -119,7 +119,11 @@ async fn ask(admin: &Admin, head: &request::Parts) -> Asked {
     let (mut missing, mut unclear, mut failed) = (None, None, None);
     while let Some((worker, answer)) = asked.next().await {
         match answer {
-            Ok(answer) if answer.status() == StatusCode::NOT_FOUND => missing = Some(answer),
+            Ok(answer) if answer.status() == StatusCode::NOT_FOUND => {
+                if missing.is_none() || !is_no_such_path(&answer) {
+                    missing = Some(answer);
+                }
+            }
             Ok(answer) if answer.status().is_server_error() => unclear = Some(answer),
             Ok(answer) => return Asked::Holder(worker.clone(), answer),
             Err(error @ AttemptError::Late) => unclear = Some(respond::attempt(&error)),
@@ -127,6 +131,12 @@ async fn ask(admin: &Admin, head: &request::Parts) -> Asked {
         }
     }
     Asked::Nobody(unclear.or(missing).or(failed).unwrap_or_else(respond::no_worker))
+}
+
+/// Whether the worker does not even have the path: one of another kind, whose 404 says nothing of the response.
+fn is_no_such_path(answer: &Response) -> bool {
+    let length = errors::detail("Not Found").len();
+    answer.headers().get(header::CONTENT_LENGTH).is_some_and(|value| *value == HeaderValue::from(length))
 }
 
 /// The head of `GET path` in the name of the client that sent `head`.

@@ -1,12 +1,14 @@
 //! TCP connections in two halves, and the few calls for which neither std nor monoio has a name.
 
-#![expect(unsafe_code, reason = "shutdown of a listener is a call of libc")]
+#![expect(unsafe_code, reason = "shutdown, poll and reset of a socket are calls of libc")]
 
 use std::{
-    fmt, io,
+    fmt,
+    future::poll_fn,
+    io,
     net::SocketAddr,
     os::fd::{AsRawFd, RawFd},
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Waker},
 };
 
@@ -15,7 +17,7 @@ use monoio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::net::Buffer;
+use crate::net::{Buffer, Driver, Watch};
 
 /// Connections that the kernel completes before we accept them. Capped by `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -24,6 +26,7 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub struct ReadHalf {
     half: OwnedReadHalf<TcpStream>,
+    fd: RawFd,
 }
 
 /// The half of a connection that is written. When it is dropped the peer is sent a FIN, even while a read on
@@ -31,6 +34,7 @@ pub struct ReadHalf {
 #[derive(Debug)]
 pub struct WriteHalf {
     half: OwnedWriteHalf<TcpStream>,
+    fd: RawFd,
 }
 
 impl ReadHalf {
@@ -41,6 +45,31 @@ impl ReadHalf {
     pub async fn read(&mut self, buffer: Buffer) -> (io::Result<usize>, Buffer) {
         self.half.read(buffer).await
     }
+}
+
+impl ReadHalf {
+    /// Waits until `ready` has a buffer to read into; meanwhile `watch` looks whether the peer is still there,
+    /// which otherwise a read would tell.
+    ///
+    /// # Cancellation
+    /// As `ready`.
+    pub async fn rest<T>(&self, watch: &Watch, ready: impl Future<Output = T>) -> T {
+        let mut ready = pin!(ready);
+        poll_fn(|context| {
+            let polled = ready.as_mut().poll(context);
+            watch.reading(if polled.is_pending() { Some(self.fd) } else { None });
+            polled
+        })
+        .await
+    }
+}
+
+/// Whether the peer has closed its side, or the connection broke, whatever is still to be read before that.
+pub(super) fn has_hung_up(fd: RawFd) -> bool {
+    let mut asked = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one entry is given; a descriptor that is closed already is no error.
+    let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
+    found > 0 && asked.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// A read that owns its half until it is done.
@@ -153,6 +182,15 @@ impl WriteHalf {
         (Ok(()), buffer)
     }
 
+    /// Ends the connection with a reset instead of a FIN: what the peer has is not the whole.
+    pub fn break_off(&self) {
+        let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+        let size = size_of::<libc::sockaddr>() as libc::socklen_t;
+        // SAFETY: the descriptor lives as long as self, and the address is of the size given. To connect to
+        // nowhere dissolves a connection with a reset; if that fails the peer is sent a FIN.
+        unsafe { libc::connect(self.fd, &raw const nowhere, size) };
+    }
+
     /// Sends a FIN; reading goes on.
     pub async fn finish(&mut self) {
         // an error means that the connection is gone already
@@ -163,8 +201,9 @@ impl WriteHalf {
 fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
     // small heads and events must not wait for an acknowledgement; a refusal only costs latency
     stream.set_nodelay(true).ok();
+    let fd = stream.as_raw_fd();
     let (read, write) = stream.into_split();
-    (ReadHalf { half: read }, WriteHalf { half: write })
+    (ReadHalf { half: read, fd }, WriteHalf { half: write, fd })
 }
 
 /// Opens a connection to `address`.
@@ -199,7 +238,6 @@ fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
-    socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -216,7 +254,9 @@ pub struct Listener {
 ///
 /// # Errors
 /// The driver cannot watch it: descriptors or memory are short.
-pub fn accept_from(listener: std::net::TcpListener) -> io::Result<Listener> {
+pub fn accept_from(listener: std::net::TcpListener, driver: Driver) -> io::Result<Listener> {
+    // before Linux 5.18 an accept of io_uring on a listener that does not block gives up at once
+    listener.set_nonblocking(driver == Driver::Epoll)?;
     let fd = listener.as_raw_fd();
     Ok(Listener { listener: TcpListener::from_std(listener)?, fd })
 }

@@ -6,6 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    os::fd::RawFd,
     pin::Pin,
     rc::{Rc, Weak},
     task::{Context, Poll, Waker},
@@ -13,7 +14,10 @@ use std::{
 
 use pin_project_lite::pin_project;
 
-use crate::base::{Clock, Millis};
+use crate::{
+    base::{Clock, Millis},
+    net::socket::has_hung_up,
+};
 
 /// How often a shard looks at its limits, in milliseconds.
 pub const TICK_MS: u64 = 100;
@@ -57,9 +61,25 @@ pub struct Watch {
     waker: RefCell<Option<Waker>>,
     draining: Rc<Cell<bool>>,
     cut: Rc<Cell<bool>>,
+    /// The client's socket, while nothing is read from it.
+    unread: Cell<Option<RawFd>>,
+    /// The client went away while nothing was read from it.
+    gone: Cell<bool>,
 }
 
 impl Watch {
+    /// Tells whether the client's socket is read; while it is not, every tick asks the kernel whether the
+    /// client is still there.
+    pub(super) fn reading(&self, unread: Option<RawFd>) {
+        self.unread.set(unread);
+    }
+
+    fn look(&self) {
+        if self.unread.get().is_some_and(has_hung_up) {
+            self.gone.set(true);
+        }
+    }
+
     /// Whose task is woken when a limit is over, or when everything is cut. To be called from the task's root
     /// with every poll; cheap when nothing has changed.
     pub fn belongs_to(&self, waker: &Waker) {
@@ -69,9 +89,9 @@ impl Watch {
         }
     }
 
-    /// Whether the task must end at once.
+    /// Whether the task must end at once: everything is cut, or its client has gone unnoticed.
     pub fn is_cut(&self) -> bool {
-        self.cut.get()
+        self.cut.get() || self.gone.get()
     }
 
     /// Runs `phase` for at most `millis` milliseconds; 0 is no limit.
@@ -82,8 +102,7 @@ impl Watch {
     /// # Cancellation
     /// As `phase`.
     pub fn limit<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
-        let deadline = if millis == 0 { Millis::MAX } else { self.clock.now().saturating_add(millis) };
-        Limited { watch: self, deadline, idle: false, phase }
+        Limited { watch: self, deadline: self.deadline_in(millis), idle: false, phase }
     }
 
     /// As [`Watch::limit`], and draining ends the phase too: nobody waits for anything in it.
@@ -94,7 +113,11 @@ impl Watch {
     /// # Cancellation
     /// As `phase`.
     pub fn idle<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
-        Limited { watch: self, deadline: self.clock.now().saturating_add(millis), idle: true, phase }
+        Limited { watch: self, deadline: self.deadline_in(millis), idle: true, phase }
+    }
+
+    fn deadline_in(&self, millis: u64) -> Millis {
+        if millis == 0 { Millis::MAX } else { self.clock.now().saturating_add(millis) }
     }
 
     fn over(&self) -> bool {
@@ -156,6 +179,8 @@ impl Watches {
             waker: RefCell::default(),
             draining: self.draining.clone(),
             cut: self.cut.clone(),
+            unread: Cell::new(None),
+            gone: Cell::new(false),
         });
         self.watches.borrow_mut().push(Rc::downgrade(&watch));
         watch
@@ -181,6 +206,7 @@ impl Watches {
         self.clock.now.set(self.clock.clock.millis());
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
+            watch.look();
             let due = watch.over() || watch.is_cut();
             if let (true, Some(waker)) = (due, watch.waker.borrow().as_ref()) {
                 waker.wake_by_ref();

@@ -3,7 +3,7 @@
 use std::{
     future::poll_fn,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::Poll,
 };
 
@@ -19,7 +19,7 @@ use crate::{
         context::{Context, LARGE_BYTES},
         inbox::Inbox,
         relay::{Plan, Relayed, relay},
-        retry::Failure,
+        retry::{Failure, Verdict},
     },
     upstream::Connection,
     workers::{InFlight, Worker},
@@ -80,8 +80,9 @@ pub(super) async fn attempt(
             attempted
         }
         Ran::Switched { head, buffer } => {
-            Box::pin(tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer)).await;
+            // whoever ends a tunnel, it has served its purpose
             account.complete();
+            Box::pin(tunnel(cx, &mut client.outlet, client.inbox, &mut connection, &head, buffer)).await;
             Attempted::Answered(After::Close)
         }
     }
@@ -109,11 +110,7 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
         return Ok(connection);
     }
     // rare beside the exchanges on rested connections, which should not carry its state
-    match client.outlet.watch.limit(cx.connect_ms, Box::pin(cx.pool.open(worker))).await {
-        Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(Failure::Connect(error)),
-        Err(_) => Err(Failure::ConnectLate),
-    }
+    Box::pin(cx.pool.open(worker, &client.outlet.watch)).await.map_err(Failure::Connect)
 }
 
 /// Sends the request and relays its answer; both at once, because a worker may answer before it has read all.
@@ -142,7 +139,9 @@ async fn run(
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(failure)) => {
-            outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
+            if failure.verdict() != Verdict::GiveUp {
+                outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
+            }
             return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
         }
         Err(failure) => return Ran::over(Attempted::Refused(failure)),
@@ -160,6 +159,7 @@ async fn run(
         cx.buffers.recycle(body);
     }
     account.answered(outlet.answer.status());
+    let closes = plan.closes;
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
@@ -176,7 +176,6 @@ async fn run(
     outlet.scratch = answer_head;
     let Ok((relayed, buffer)) = relayed else {
         // the client broke its own request off after the answer had begun
-        account.broken();
         return Ran::over(Attempted::Answered(After::Close));
     };
     cx.buffers.recycle(buffer);
@@ -189,6 +188,11 @@ async fn run(
             Ran::Over { attempted: Attempted::Answered(after), reusable }
         }
         Relayed::Broken => {
+            worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+            if closes {
+                // only a reset tells that this is not the end of the answer
+                outlet.writer.break_off();
+            }
             account.broken();
             Ran::over(Attempted::Answered(After::Close))
         }

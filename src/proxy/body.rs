@@ -17,6 +17,12 @@ use crate::{
 /// Room behind a body, so that a longer model name can be spliced in without moving it.
 const TAILROOM: usize = 64;
 
+/// Room that is taken because a client says that it will send so much; more is taken as it comes.
+const TRUSTED_BYTES: usize = 1 << 20;
+
+/// Bytes of a chunked body that are read at a time: what follows its end is copied.
+const CHUNKED_BYTES: usize = 256 * 1024;
+
 /// A request's body, decoded.
 #[derive(Debug)]
 pub(super) enum Body {
@@ -111,7 +117,8 @@ async fn read_framed(
                 client.go_on().await?;
                 return Ok(Body::Whole(buffer));
             }
-            let room = if whole { length } else { length.min(buffer.len().max(LARGE_BYTES)) };
+            let most = if whole { TRUSTED_BYTES } else { LARGE_BYTES };
+            let room = length.min(buffer.len().max(most));
             if buffer.len() + buffer.spare() < room {
                 let mut larger = Buffer::new(HEADROOM + client.received_head, room + TAILROOM);
                 larger.append(buffer.filled());
@@ -153,11 +160,11 @@ async fn read_framed(
                     let rest = Rest::Chunked(tracker);
                     return Ok(Body::Streaming(Box::new(Streaming { first: buffer, rest, received })));
                 }
+                buffer.limit_spare(CHUNKED_BYTES);
                 if buffer.spare() == 0 {
-                    buffer = grow(
-                        buffer,
-                        usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES),
-                    );
+                    let most = usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES);
+                    buffer = grow(buffer, most);
+                    buffer.limit_spare(CHUNKED_BYTES);
                 }
                 buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
             }

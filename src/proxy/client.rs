@@ -20,6 +20,9 @@ use crate::{
 const LINGER_MS: u64 = 2000;
 const LINGER_BYTES: usize = 1 << 20;
 
+/// Bytes for heads that a connection keeps between exchanges at most.
+const RETAINED_BYTES: usize = 16 * 1024;
+
 /// What becomes of the connection after an exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
@@ -68,8 +71,8 @@ pub async fn serve(cx: Rc<Context>, reader: ReadHalf, writer: WriteHalf) {
 /// it the connection to the worker.
 async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
     let inbox = Inbox::new();
-    let mut reading = pin!(keep_reading(reader, &inbox, &cx.buffers));
     let watch = cx.watches.watch();
+    let mut reading = pin!(keep_reading(reader, &inbox, &cx.buffers, &watch));
     let mut talking = pin!(converse(cx, &inbox, writer, watch.clone()));
     poll_fn(|context| {
         watch.belongs_to(context.waker());
@@ -104,6 +107,7 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
             Err(failure) => Box::pin(client.refuse(&failure)).await,
         };
         cx.metrics().bytes_in(inbox.take_received());
+        client.shrink();
         match after {
             After::KeepAlive => {}
             After::Close => return,
@@ -120,7 +124,6 @@ impl Client<'_> {
         let idle_ms = cx.settings.keepalive_timeout_secs.saturating_mul(1000);
         let Ok(Ok(mut buffer)) = watch.idle(idle_ms, self.inbox.next()).await else { return Ok(None) };
         let deadline = cx.clock.now() + cx.settings.head_timeout_secs.saturating_mul(1000);
-        self.request.reset();
         loop {
             if let Some(count) = self.request.parse(buffer.filled())? {
                 buffer.advance(count);
@@ -131,11 +134,25 @@ impl Client<'_> {
                 buffer = grow(buffer, MAX_HEAD_BYTES);
             }
             let left = deadline.saturating_sub(cx.clock.now()).max(1);
+            // a line end that some clients send behind a body is no request (RFC 9112 §2.2)
+            let begun = buffer.filled().iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
             buffer = match watch.limit(left, self.inbox.more(buffer)).await {
                 Ok(Ok(buffer)) => buffer,
                 Ok(Err(Gone)) => return Ok(None),
+                Err(_) if !begun => return Ok(None),
                 Err(_) => return Err(Failure::Late),
             };
+        }
+    }
+
+    /// Gives back what an unusually large head took: the connection may rest for long.
+    fn shrink(&mut self) {
+        self.request.reset();
+        self.outlet.answer.reset();
+        for bytes in [&mut self.head, &mut self.outlet.scratch] {
+            if bytes.capacity() > RETAINED_BYTES {
+                *bytes = Vec::new();
+            }
         }
     }
 

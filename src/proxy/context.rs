@@ -55,7 +55,6 @@ pub struct Parts {
 /// What the exchanges of one shard share.
 pub struct Context {
     pub(super) settings: Settings,
-    pub(super) connect_ms: u64,
     pub(super) clock: Rc<ShardClock>,
     pub(super) watches: Watches,
     pub(super) pool: Pool,
@@ -80,7 +79,6 @@ impl Context {
     pub fn new(parts: Parts) -> Self {
         let clock = Rc::new(ShardClock::new(parts.clock));
         Self {
-            connect_ms: parts.upstream.connect_timeout_secs.saturating_mul(1000),
             pool: Pool::new(&parts.upstream, clock.clone()),
             watches: Watches::new(clock.clone()),
             clock,

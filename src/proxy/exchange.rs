@@ -19,7 +19,7 @@ use crate::{
     },
     routing::{Candidates, RouteInput, Tried},
     telemetry::metrics::Refusal,
-    vllm::{self, Endpoint, Treatment},
+    vllm::{self, Endpoint, ModelSource, Treatment},
     workers::{Fleet, Health, Resolved, Worker},
 };
 
@@ -129,6 +129,7 @@ fn who<'a>(
     if to_admin || continues && fleet.workers.len() > 1 {
         return Ok(Serving::Admin);
     }
+    let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);
     let resolved = match name {
         Name::Irrelevant => fleet.any(),
         Name::Missing => fleet.resolve(None),
@@ -136,11 +137,11 @@ fn who<'a>(
     };
     match resolved {
         Resolved::Workers { workers, rename, .. } => Ok(Serving::Workers { positions: workers, rename }),
-        Resolved::Unknown if endpoint.is_known() => {
+        Resolved::Unknown if endpoint.is_known() && !(by_query && *name == Name::Missing) => {
             let name = if let Name::Given(name) = name { name } else { "" };
             Err(respond::unknown_model(endpoint.error_shape, name, fleet))
         }
-        // there may be no such path: a worker says so
+        // a WebSocket may tell its model later, and a path may not exist: a worker says so
         Resolved::Unknown => match fleet.any() {
             Resolved::Workers { workers, .. } => Ok(Serving::Workers { positions: workers, rename: None }),
             Resolved::Unknown => Ok(Serving::Workers { positions: &[], rename: None }),

@@ -12,12 +12,12 @@ use std::{
 };
 
 use crate::{
-    net::{Buffer, ReadHalf},
+    net::{Buffer, ReadHalf, Watch},
     proxy::context::{Buffers, HEADROOM, SMALL_BYTES},
 };
 
 /// Bytes that a client may send ahead of the request that is being answered. Beyond it they wait in the
-/// socket, and a client that goes away is noticed only when its answer is written.
+/// socket.
 const AHEAD_BYTES: usize = 16 * 1024;
 
 /// The client has closed its connection, or it broke.
@@ -185,9 +185,9 @@ impl Inbox {
 ///
 /// # Cancellation
 /// Bytes may be lost: the connection must be closed.
-pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &Buffers) {
+pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &Buffers, watch: &Watch) {
     loop {
-        let (buffer, targeted) = poll_fn(|_| match inbox.mode.get() {
+        let ready = poll_fn(|_| match inbox.mode.get() {
             // what is queued comes before what would be read now
             Mode::Demand if !inbox.queue.borrow().is_empty() => Poll::Pending,
             Mode::Demand => match inbox.target.take() {
@@ -197,8 +197,8 @@ pub(super) async fn keep_reading(mut reader: ReadHalf, inbox: &Inbox, buffers: &
             },
             Mode::Watch if inbox.queued.get() < AHEAD_BYTES => Poll::Ready((buffers.small(), false)),
             Mode::Watch => Poll::Pending,
-        })
-        .await;
+        });
+        let (buffer, targeted) = reader.rest(watch, ready).await;
         let (result, buffer) = reader.read(buffer).await;
         match result {
             Ok(count) if count > 0 => {

@@ -66,9 +66,12 @@ impl Answer {
         if let Some(allow) = self.allow {
             push(&["allow: ", allow, "\r\n"]);
         }
-        push(&["content-length: ", &self.body.len().to_string(), "\r\n"]);
-        if let Some(kind) = self.content_type {
-            push(&["content-type: ", kind, "\r\n"]);
+        let length = format!("content-length: {}\r\n", self.body.len());
+        match self.content_type {
+            None => push(&[&length]),
+            // the text comes from below FastAPI, which writes the two the other way round
+            Some(TEXT) => push(&["content-type: ", TEXT, "\r\n", &length]),
+            Some(kind) => push(&[&length, "content-type: ", kind, "\r\n"]),
         }
         if let Some(seconds) = self.retry_after_secs {
             push(&["retry-after: ", &seconds.to_string(), "\r\n"]);
@@ -115,7 +118,7 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
         }
         Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
         Failure::ClientGone => return None,
-        Failure::NoWorker | Failure::Connect(_) | Failure::ConnectLate => {
+        Failure::NoWorker | Failure::Connect(_) => {
             let mut answer = Answer::error(503, "No worker that serves this model can be reached.");
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
             (answer, Refusal::NoWorker)

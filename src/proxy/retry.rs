@@ -39,9 +39,6 @@ pub(super) enum Failure {
     /// The worker could not be connected to.
     #[error("cannot connect: {0}")]
     Connect(io::Error),
-    /// Connecting took too long.
-    #[error("connecting took too long")]
-    ConnectLate,
     /// The connection ended or broke before the first byte of an answer.
     #[error("the connection ended before an answer came")]
     NoAnswer {
@@ -78,7 +75,7 @@ impl Failure {
     pub(super) fn verdict(&self) -> Verdict {
         match self {
             // never seen by a worker
-            Self::Connect(_) | Self::ConnectLate => Verdict::Another(Retry::Refused),
+            Self::Connect(_) => Verdict::Another(Retry::Refused),
             // a worker that closes an idle connection has not read the request
             Self::NoAnswer { reused: true } => Verdict::Fresh(Retry::StaleConnection),
             _ => Verdict::GiveUp,
@@ -90,7 +87,7 @@ impl Failure {
     pub(super) fn condemns(&self) -> bool {
         match self {
             Self::Connect(error) => !ours(error),
-            Self::ConnectLate | Self::NoAnswer { reused: false } => true,
+            Self::NoAnswer { reused: false } => true,
             _ => false,
         }
     }
@@ -100,7 +97,6 @@ impl Failure {
         matches!(
             self,
             Self::Connect(_)
-                | Self::ConnectLate
                 | Self::NoAnswer { .. }
                 | Self::BadAnswer(_)
                 | Self::AnswerCut
@@ -130,7 +126,7 @@ mod tests {
     #[test]
     fn what_no_worker_has_seen_goes_to_another() {
         assert_eq!(connect(libc::ECONNREFUSED).verdict(), Verdict::Another(Retry::Refused));
-        assert_eq!(Failure::ConnectLate.verdict(), Verdict::Another(Retry::Refused));
+        assert_eq!(connect(libc::ETIMEDOUT).verdict(), Verdict::Another(Retry::Refused));
     }
 
     #[test]

@@ -57,6 +57,7 @@ impl Orders {
 /// The listener cannot be watched by the driver.
 pub fn run(
     mut runtime: Runtime,
+    driver: Driver,
     listener: std::net::TcpListener,
     parts: Parts,
     orders: Arc<Orders>,
@@ -64,7 +65,7 @@ pub fn run(
 ) -> io::Result<()> {
     let cx = Rc::new(Context::new(parts));
     runtime.block_on(async move {
-        let listener = Rc::new(accept_from(listener)?);
+        let listener = Rc::new(accept_from(listener, driver)?);
         spawn(accept(listener.clone(), cx.clone(), orders.clone()));
         while !orders.drain.load(Ordering::Relaxed) {
             if let Some(fault) = on_tick {

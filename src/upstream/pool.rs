@@ -8,7 +8,7 @@ use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::O
 
 use crate::{
     base::Millis,
-    net::{Buffer, ReadAhead, ShardClock, WriteHalf, connect},
+    net::{Buffer, ReadAhead, ShardClock, Watch, WriteHalf, connect},
     upstream::Settings,
     workers::Worker,
 };
@@ -36,6 +36,7 @@ struct Idle {
 /// The idle connections of one shard, by worker.
 #[derive(Debug)]
 pub struct Pool {
+    connect_ms: u64,
     idle_ms: Millis,
     size: usize,
     clock: Rc<ShardClock>,
@@ -47,6 +48,7 @@ impl Pool {
     /// An empty pool.
     pub fn new(settings: &Settings, clock: Rc<ShardClock>) -> Self {
         Self {
+            connect_ms: settings.connect_timeout_secs.saturating_mul(1000),
             idle_ms: settings.pool_idle_timeout_secs.saturating_mul(1000),
             size: settings.pool_size,
             clock,
@@ -109,21 +111,24 @@ impl Pool {
         }
     }
 
-    /// Opens a connection to one of the worker's addresses, trying each in turn. The caller limits the time.
+    /// Opens a connection to one of the worker's addresses, trying each in turn, each for no longer than
+    /// `--connect-timeout-secs`.
     ///
     /// # Errors
-    /// The last address' error; `NotFound` while the worker's name has not been resolved.
+    /// The last address' error, `TimedOut` if its time was over; `NotFound` while the worker's name has not
+    /// been resolved.
     ///
     /// # Cancellation
     /// The attempt is given up; nothing leaks.
-    pub async fn open(&self, worker: &Arc<Worker>) -> io::Result<Connection> {
+    pub async fn open(&self, worker: &Arc<Worker>, watch: &Watch) -> io::Result<Connection> {
         let addresses = worker.addresses();
         let mut error = io::Error::new(io::ErrorKind::NotFound, "the name of the worker is not resolved");
         let count = addresses.list.len();
         let turn = worker.counters().connects.fetch_add(1, Ordering::Relaxed) as usize;
         for n in 0..count {
             let peer = addresses.list[(turn + n) % count];
-            match connect(peer).await {
+            let late = || io::Error::new(io::ErrorKind::TimedOut, "connecting took too long");
+            match watch.limit(self.connect_ms, connect(peer)).await.unwrap_or_else(|_| Err(late())) {
                 Ok((reader, writer)) => {
                     let reader = ReadAhead::new(reader);
                     let generation = addresses.generation;

@@ -48,8 +48,16 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 /// More workers than this are counted, not named.
 const NAMED_WORKERS: usize = 16;
 
-/// Makes one answer of those of all workers, in the order of configuration.
+/// Makes one answer of those of all workers, in the order of configuration. A worker that does not have the path
+/// (one that embeds knows no LoRA) has no part in it, unless nobody has.
 pub fn aggregate(rule: Aggregate, answers: &[Answer]) -> Aggregated {
+    let no_such_path = errors::detail("Not Found");
+    let has_path = |(_, status, body): &&Answer| !(*status == 404 && *body == no_such_path);
+    let concerned: Vec<Answer> = answers.iter().filter(has_path).cloned().collect();
+    of_concerned(rule, if concerned.is_empty() { answers } else { &concerned })
+}
+
+fn of_concerned(rule: Aggregate, answers: &[Answer]) -> Aggregated {
     let mut good = answers.iter().filter(|answer| succeeded(answer));
     let Some((_, first_status, first_body)) = good.next() else { return failure(answers) };
     if rule != Aggregate::First && answers.iter().any(|answer| !succeeded(answer)) {
@@ -194,6 +202,15 @@ fn extended(body: &[u8], status: u16, report: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_does_not_have_the_path_has_no_part_in_the_answer() {
+        let answer = |name: &str, status, body: &str| (name.to_owned(), status, body.as_bytes().to_vec());
+        let (chat, embed) = (answer("a", 200, "Success: x"), answer("b", 404, r#"{"detail":"Not Found"}"#));
+        let both = aggregate(Aggregate::Text, &[chat, embed.clone()]);
+        assert_eq!(both, (200, b"Success: x".to_vec(), None));
+        assert_eq!(aggregate(Aggregate::Text, &[embed]).0, 404, "nobody has it");
+    }
     use crate::vllm::{Treatment, golden, lookup};
 
     fn answers(of: &[(u16, &str)]) -> Vec<Answer> {
@@ -333,7 +350,7 @@ mod tests {
 
     #[test]
     fn the_worst_of_several_failures_is_told() {
-        let of = [(404, r#"{"detail":"Not Found"}"#), (500, r#"{"error":"Failed: x"}"#), (502, "")];
+        let of = [(404, r#"{"detail":"Gone"}"#), (500, r#"{"error":"Failed: x"}"#), (502, "")];
         assert_eq!(
             asked("POST", "/pause", &of),
             (
@@ -346,10 +363,10 @@ mod tests {
             asked("POST", "/pause", &of[..2]).1,
             r#"{"error":"Failed: x (failed: http://a with 404, http://b with 500)"}"#
         );
-        let some = [(200, "{}"), (404, r#"{"detail":"Not Found"}"#)];
+        let some = [(200, "{}"), (404, r#"{"detail":"Gone"}"#)];
         assert_eq!(
             asked("POST", "/pause", &some).1,
-            r#"{"detail":"Not Found (failed: http://b with 404; succeeded: http://a)"}"#
+            r#"{"detail":"Gone (failed: http://b with 404; succeeded: http://a)"}"#
         );
         let plain = [(200, "{}"), (500, "Internal Server Error")];
         assert_eq!(

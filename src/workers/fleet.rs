@@ -100,9 +100,13 @@ impl Fleet {
             || !self.open.is_empty() && !self.models.is_empty()
     }
 
-    /// Every worker: for what does not depend on a model.
+    /// For what does not depend on a model, or whose model cannot be read: the workers of the default model,
+    /// else of the first one. Workers of other kinds may lack the path (an embedding server knows no chat), and
+    /// the answer must not depend on chance.
     pub fn any(&self) -> Resolved<'_> {
-        Resolved::Workers { workers: &self.all, model: None, rename: None }
+        let front = self.default_model.or_else(|| self.models.iter().position(|model| model.base));
+        let workers = front.map_or(&self.all, |at| &self.models[at].workers);
+        Resolved::Workers { workers, model: None, rename: None }
     }
 
     /// Who serves `name`; `None` stands for a request that names no model (missing, `null` or `""`).

@@ -168,6 +168,18 @@ mod tests {
     }
 
     #[test]
+    fn what_names_no_model_goes_to_one_kind_of_worker() {
+        let mut registry = registry(ModelSettings::default());
+        registry.learnt(0, models(&["chat"]));
+        registry.learnt(1, models(&["embed"]));
+        registry.publish();
+        assert_eq!(workers(&registry.handle().load().any()), [0], "the first model's");
+        registry.settings.default_model = Some("embed".into());
+        registry.publish();
+        assert_eq!(workers(&registry.handle().load().any()), [1], "the default model's");
+    }
+
+    #[test]
     fn one_model_everywhere_is_the_default_and_needs_no_body() {
         let mut registry = registry(ModelSettings::default());
         registry.learnt(0, models(&["m"]));

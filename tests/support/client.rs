@@ -149,6 +149,12 @@ impl Client {
         self.stream.write_all(bytes.as_ref()).is_ok()
     }
 
+    /// Sends until nobody takes anything for a while.
+    pub(crate) fn send_until_stalled(&mut self) {
+        self.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        while self.try_send(vec![b'x'; 1 << 20]) {}
+    }
+
     /// Sends `bytes` one by one, each its own segment; false if the peer has gone meanwhile.
     pub(crate) fn send_bytewise(&mut self, bytes: &[u8]) -> bool {
         bytewise(&mut self.stream, bytes).is_ok()

@@ -11,7 +11,7 @@ mod proxy;
 mod variants;
 pub(crate) mod worker;
 
-pub(crate) use client::{Client, Response};
+pub(crate) use client::{Client, End, Response};
 pub(crate) use eventually::{eventually, patience, tick};
 pub(crate) use proxy::{Proxy, proxy};
 pub(crate) use variants::{Io, Variant, variants};
