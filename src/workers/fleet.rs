@@ -93,11 +93,11 @@ impl Fleet {
     }
 
     /// Whether a request's model decides where it may go or what is sent, so that its body must be read first.
+    /// Where every worker has every model it does not, and an unknown one is refused by a worker.
     pub fn model_matters(&self) -> bool {
         !self.aliases.is_empty()
-            || self.default_model.is_some() && self.models.len() > 1
             || self.models.iter().any(|model| model.workers.len() != self.workers.len())
-            || !self.open.is_empty() && !self.models.is_empty()
+            || self.default_model.is_some_and(|at| !self.models[at].base)
     }
 
     /// For what does not depend on a model, or whose model cannot be read: the workers of the default model,

@@ -199,6 +199,21 @@ mod tests {
         registry.publish();
         let fleet = registry.handle().load_full();
         assert_eq!(workers(&fleet.resolve(None)), [0, 1]);
+        assert!(!fleet.model_matters(), "every worker has both");
+    }
+
+    #[test]
+    fn an_adapter_as_the_default_must_be_named_to_the_worker() {
+        let default_model = Some("lora-x".to_owned());
+        let mut registry = registry(ModelSettings { aliases: vec![], default_model });
+        registry.learnt(0, models(&["m", "lora-x"]));
+        registry.learnt(1, models(&["m", "lora-x"]));
+        registry.publish();
+        let fleet = registry.handle().load_full();
+        let resolved = fleet.resolve(None);
+        let rename = Some("lora-x");
+        assert_eq!(resolved, Resolved::Workers { workers: &[0, 1], model: rename, rename });
+        assert!(fleet.model_matters());
     }
 
     #[test]
