@@ -5,8 +5,10 @@
 use std::{
     io::{BufRead, BufReader},
     os::unix::process::CommandExt,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
+
+use crate::support::Ended;
 
 /// What container runtimes, old kernels, sandboxes and a tight RLIMIT_MEMLOCK answer (`faults.md` P8).
 const REFUSALS: [i32; 4] = [libc::EPERM, libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOMEM];
@@ -42,16 +44,6 @@ fn refuse_io_uring(errno: i32) -> std::io::Result<()> {
     // SAFETY: the program outlives the call.
     let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
     if bound == 0 && set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
-/// Ends the process when the test does, however it does.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
 }
 
 #[test]

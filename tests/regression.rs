@@ -6,10 +6,12 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     os::unix::process::CommandExt,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
-use crate::support::{Client, End, Gate, client, eventually, patience, proxy, script, variants, worker};
+use crate::support::{
+    Client, End, Ended, Gate, client, eventually, patience, proxy, script, variants, worker,
+};
 
 variants! {
     /// While an upload waits for a worker that does not read, no read on the client was armed.
@@ -119,15 +121,5 @@ fn limit_memory(limit: &libc::rlimit) -> std::io::Result<()> {
     match unsafe { libc::setrlimit(libc::RLIMIT_AS, limit) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-/// Ends the process when the test does, however it does.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
     }
 }

@@ -146,3 +146,16 @@ fn worker_api_key(config: &Config) -> Result<(), String> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::POLICIES;
+
+    #[test]
+    fn every_policy_is_told_as_allowed() {
+        let rule = RULES.iter().find(|rule| rule.id == "policy").unwrap();
+        let names: Vec<&str> = POLICIES.iter().map(|policy| policy.name).collect();
+        assert_eq!(rule.allowed, names.join(", "));
+    }
+}
