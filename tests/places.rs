@@ -13,6 +13,17 @@ variants! {
         assert_eq!(proxy.metric(&format!("vllm_proxy_worker_health{{worker=\"{url}\"}}")), Some(1.0));
     }
 
+    fn a_port_that_another_proxy_listens_on_is_taken(v: Variant) {
+        let worker = worker().start();
+        let first = proxy(v).worker(&worker).start();
+        let (ip, port) = (first.addr().ip().to_string(), first.addr().port().to_string());
+        let url = worker.url();
+        let flags = ["--host", &ip, "--port", &port, "--worker-urls", &url];
+        let second = vllm_proxy::app::start(vllm_proxy::config::Config::from_flags(flags).unwrap());
+        let error = second.unwrap_err().to_string();
+        assert!(error.contains(&format!("cannot listen on {ip}:{port}")), "{error}");
+    }
+
     fn a_name_that_does_not_resolve_harms_nobody(v: Variant) {
         let worker = worker().start();
         let proxy = proxy(v).url("http://no-such-host.invalid:8000").worker(&worker).start();

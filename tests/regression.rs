@@ -3,14 +3,13 @@
 #![expect(unsafe_code, reason = "a limit is set between fork and exec")]
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::TcpStream,
     os::unix::process::CommandExt,
-    process::{Command, Stdio},
 };
 
 use crate::support::{
-    Client, End, Ended, Gate, client, eventually, patience, proxy, script, variants, worker,
+    Client, End, Gate, binary, client, eventually, patience, proxy, script, variants, worker,
 };
 
 variants! {
@@ -90,17 +89,12 @@ variants! {
 fn a_declared_length_alone_takes_no_memory() {
     let workers = [worker().model("a").start(), worker().model("b").start()];
     let urls = format!("{},{}", workers[0].url(), workers[1].url());
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"));
-    command.args(["--host", "127.0.0.1", "--port", "0", "-L", "json", "--threads", "1"]);
-    command.args(["--max-body-bytes", "1099511627776", "--worker-urls", &urls]).stdout(Stdio::piped());
     let limit = libc::rlimit { rlim_cur: 2 << 30, rlim_max: 2 << 30 };
-    // SAFETY: between fork and exec only one system call is made, on memory that was made before.
-    unsafe { command.pre_exec(move || limit_memory(&limit)) };
-    let mut child = Ended(command.spawn().unwrap());
-    let lines = BufReader::new(child.0.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let listening = { lines }.find(|line| line.contains("\"listening\"")).unwrap();
-    let record: serde_json::Value = serde_json::from_str(&listening).unwrap();
-    let addr = record["address"].as_str().unwrap();
+    let flags = ["--threads", "1", "--max-body-bytes", "1099511627776", "--worker-urls", &urls];
+    let (mut child, addr) = binary(&flags, |command| {
+        // SAFETY: between fork and exec only one system call is made, on memory that was made before.
+        unsafe { command.pre_exec(move || limit_memory(&limit)) };
+    });
 
     let mut greedy = TcpStream::connect(addr).unwrap();
     greedy

@@ -2,14 +2,14 @@
 
 use std::{
     net::TcpStream,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Command, ExitStatus},
     time::{Duration, Instant},
 };
 
 use crate::support::{
-    Client, Gate, Io, Variant, Worker, client, eventually, patience, proxy, script, sse_event, variants,
-    worker,
-    worker::{own_ip, sse_end, sse_head},
+    Client, Ended, Gate, Io, Variant, Worker, binary, client, eventually, patience, proxy, script, sse_event,
+    variants, worker,
+    worker::{sse_end, sse_head},
 };
 
 fn streaming_worker(gate: &Gate) -> Worker {
@@ -94,7 +94,7 @@ variants! {
             binary.kill(signal);
             let addr = binary.addr;
             eventually("new connections are refused", || TcpStream::connect(addr).is_err());
-            assert_eq!(binary.child.try_wait().unwrap(), None, "it did not wait for the stream");
+            assert_eq!(binary.child.0.try_wait().unwrap(), None, "it did not wait for the stream");
             gate.open();
             running.read_until("0\r\n\r\n");
             let status = binary.exit();
@@ -138,7 +138,7 @@ variants! {
 
 /// The real program, as a process of its own; killed when dropped.
 struct Binary {
-    child: Child,
+    child: Ended,
     addr: std::net::SocketAddr,
 }
 
@@ -148,39 +148,19 @@ impl Binary {
     }
 
     fn start_with_grace(variant: Variant, worker: &Worker, seconds: &str) -> Self {
-        // an address of its own, so that a fixed port is free
-        let addr = std::net::SocketAddr::new(own_ip(), 8000);
         let io = if variant.io == Io::Uring { "uring" } else { "epoll" };
-        let child = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"))
-            .args(["--host", &addr.ip().to_string(), "--port", "8000", "--no-pin", "--io", io])
-            .args(["--threads", &variant.shards.to_string(), "--shutdown-grace-secs", seconds])
-            .args(["--worker-urls", &worker.url()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("cannot start the binary");
-        let mut binary = Self { child, addr };
-        eventually("the binary serves", || {
-            assert_eq!(binary.child.try_wait().unwrap(), None, "it ended by itself");
-            TcpStream::connect(addr).is_ok() && Client::connect(addr).get("/health").status == 200
-        });
-        binary
+        let (threads, url) = (variant.shards.to_string(), worker.url());
+        let flags = ["--no-pin", "--io", io, "--threads", &threads, "--shutdown-grace-secs", seconds];
+        let (child, addr) = binary(&[&flags[..], &["--worker-urls", &url]].concat(), |_| ());
+        Self { child, addr }
     }
 
     fn kill(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        let status = Command::new("kill").args([signal, &self.child.0.id().to_string()]).status();
         assert!(status.unwrap().success());
     }
 
     fn exit(&mut self) -> ExitStatus {
-        eventually("the binary has ended", || self.child.try_wait().unwrap())
-    }
-}
-
-impl Drop for Binary {
-    fn drop(&mut self) {
-        self.child.kill().unwrap_or_default();
-        self.child.wait().map(drop).unwrap_or_default();
+        eventually("the binary has ended", || self.child.0.try_wait().unwrap())
     }
 }

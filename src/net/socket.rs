@@ -222,25 +222,31 @@ pub async fn connect(address: SocketAddr) -> io::Result<(ReadHalf, WriteHalf)> {
 /// # Errors
 /// The kernel's, with the address in its text.
 pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let cannot =
+        |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+    if address.port() != 0 {
+        // SO_REUSEPORT would share the port with another proxy of this user, and each get half of the clients
+        drop(bind(address, false).map_err(cannot)?);
+    }
     let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
     let mut address = address;
     for _ in 0..count {
-        let listener = bind(address)
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))?;
+        let listener = bind(address, true).map_err(cannot)?;
+        listener.listen(BACKLOG).map_err(cannot)?;
+        let listener: std::net::TcpListener = listener.into();
         address = listener.local_addr()?;
         listeners.push(listener);
     }
     Ok(listeners)
 }
 
-fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+fn bind(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     let domain = socket2::Domain::for_address(address);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shared)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// A listener of a shard, served by its driver.
