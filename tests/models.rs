@@ -261,6 +261,25 @@ variants! {
         assert_eq!(names(&workers), "a".repeat(16));
     }
 
+    fn what_one_kind_of_worker_does_not_know_another_may(v: Variant) {
+        let unknown = || script().send(crate::support::answer("404 Not Found", "application/json", "", r#"{"detail":"Not Found"}"#));
+        let chat = worker().model("chat").on("/v1/embeddings", unknown()).on("/nobody", unknown()).echo().start();
+        let embed = worker().model("embed").on("/nobody", unknown()).echo().start();
+        let proxy = proxy(v).worker(&chat).worker(&embed).start();
+        let mut client = proxy.client();
+        for body in ["{bad", "[]", r#"{"model":5}"#] {
+            client.post("/v1/embeddings", body).expect(200);
+            assert_eq!(embed.complete_requests().last().unwrap().body, body.as_bytes());
+        }
+        assert_eq!(client.get("/nobody").expect(404).text(), r#"{"detail":"Not Found"}"#, "nobody has it");
+        // a worker that has the model it is asked for is believed
+        let served = embed.complete_requests().len();
+        client.post("/v1/embeddings", r#"{"model":"chat"}"#).expect(404);
+        assert_eq!(embed.complete_requests().len(), served);
+        let retried = proxy.metric("vllm_proxy_retries_total{reason=\"other_kind\"}");
+        assert_eq!(retried, Some(4.0));
+    }
+
     fn a_worker_that_does_not_tell_its_models_may_have_any(v: Variant) {
         let open = worker().on("/v1/models", script().send(crate::support::answer(
             "401 Unauthorized", "application/json", "", r#"{"error":"Unauthorized"}"#))).echo().start();

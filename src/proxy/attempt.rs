@@ -10,7 +10,10 @@ use std::{
 use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
-    http::{DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, UpstreamHead, Version},
+    http::{
+        DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, ResponseFraming, ResponseHead, UpstreamHead,
+        Version,
+    },
     net::{Buffer, ReadAhead},
     proxy::{
         account::Account,
@@ -52,7 +55,18 @@ struct Wanted {
     version: Version,
 }
 
-/// Sends the request to `worker` and its answer to the client. `fresh`: on a new connection.
+/// How an attempt is made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Manner {
+    /// How the body goes to the worker.
+    pub(super) framing: OutFraming,
+    /// On a new connection.
+    pub(super) fresh: bool,
+    /// Whether there are workers of another kind, which may have the path if this one does not.
+    pub(super) other_kinds: bool,
+}
+
+/// Sends the request to `worker` and its answer to the client.
 ///
 /// # Cancellation
 /// The worker's connection is closed, which makes vLLM abort the request.
@@ -61,18 +75,17 @@ pub(super) async fn attempt(
     account: &Account<'_>,
     worker: &Arc<Worker>,
     body: Body,
-    framing: OutFraming,
-    fresh: bool,
+    manner: Manner,
 ) -> Attempted {
     let cx = client.cx;
     let _in_flight = InFlight::begin(worker.clone());
     // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
-    let fresh = fresh || matches!(body, Body::Streaming(_));
+    let fresh = manner.fresh || matches!(body, Body::Streaming(_));
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, &mut connection, body, framing).await {
+    match run(client, account, worker, &mut connection, body, manner).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
                 cx.pool.put(worker, connection, cx.buffers.large());
@@ -120,8 +133,9 @@ async fn run(
     worker: &Worker,
     connection: &mut Connection,
     body: Body,
-    framing: OutFraming,
+    manner: Manner,
 ) -> Ran {
+    let framing = manner.framing;
     let Client { cx, inbox, request, outlet, head, .. } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
@@ -147,6 +161,10 @@ async fn run(
         Err(failure) => return Ran::over(Attempted::Refused(failure)),
     };
 
+    let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
+    if manner.other_kinds && body_sent && is_no_such_path(&outlet.answer) {
+        return Ran::over(Attempted::Failed(Failure::NoSuchPath, kept(sending).map(Body::Whole)));
+    }
     let mut plan = Plan::of(outlet.answer.framing(), version);
     let switched = outlet.answer.status() == 101;
     let step = if switched { None } else { plan.begin(&mut buffer) };
@@ -198,6 +216,13 @@ async fn run(
         }
         Relayed::ClientGone => Ran::over(Attempted::Answered(After::Close)),
     }
+}
+
+/// Whether this is a front end's answer to a path that it does not have: Python's `{"detail":"Not Found"}`, or
+/// the empty 404 of the Rust one.
+fn is_no_such_path(answer: &ResponseHead) -> bool {
+    const DETAIL_BYTES: u64 = r#"{"detail":"Not Found"}"#.len() as u64;
+    answer.status() == 404 && matches!(answer.framing(), ResponseFraming::Length(0 | DETAIL_BYTES))
 }
 
 /// The body that a finished write gave back.

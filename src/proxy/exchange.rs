@@ -10,7 +10,7 @@ use crate::{
     net::Buffer,
     proxy::{
         account::Account,
-        attempt::{Attempted, attempt},
+        attempt::{Attempted, Manner, attempt},
         body::{self, Body},
         client::{After, Client},
         inspect::{Name, inspect},
@@ -52,7 +52,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     };
 
     // 4. who may serve it
-    let serving = match who(endpoint, &fleet, &inspected.name, inspected.continues) {
+    let mut serving = match who(endpoint, &fleet, &inspected.name, inspected.continues) {
         Ok(serving) => serving,
         Err(answer) => {
             cx.metrics().refused(Refusal::UnknownModel);
@@ -69,9 +69,10 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let mut fresh: Option<Chosen> = None;
     loop {
         let on_fresh = fresh.is_some();
+        let manner = Manner { framing, fresh: on_fresh, other_kinds: serving.has_other_kinds() };
         let chosen = fresh.take().or_else(|| choose(client, &fleet, &serving, &tried));
         let Some(chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
-        match attempt(client, &account, &chosen.worker, body, framing, on_fresh).await {
+        match attempt(client, &account, &chosen.worker, body, manner).await {
             Attempted::Answered(after) => return after,
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
@@ -89,6 +90,11 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
                         fresh = Some(chosen);
                         body = kept;
                     }
+                    (Verdict::OtherKind(reason), Some(kept)) => {
+                        cx.metrics().retried(reason);
+                        serving = Serving::Workers { positions: fleet.others(), rename: None, others: false };
+                        body = kept;
+                    }
                     _ => return refuse(client, &account, &failure).await,
                 }
             }
@@ -101,7 +107,18 @@ enum Serving<'a> {
     /// The control thread.
     Admin,
     /// These workers, which know the model by this name.
-    Workers { positions: &'a [usize], rename: Option<&'a str> },
+    Workers {
+        positions: &'a [usize],
+        rename: Option<&'a str>,
+        /// Whether the fleet's others may have the path if these do not: the request names no model.
+        others: bool,
+    },
+}
+
+impl Serving<'_> {
+    fn has_other_kinds(&self) -> bool {
+        matches!(self, Self::Workers { others: true, .. })
+    }
 }
 
 /// The choice of one attempt.
@@ -130,21 +147,26 @@ fn who<'a>(
         return Ok(Serving::Admin);
     }
     let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);
+    let others = !matches!(name, Name::Given(_)) && !fleet.others().is_empty();
     let resolved = match name {
         Name::Irrelevant => fleet.any(),
         Name::Missing => fleet.resolve(None),
         Name::Given(name) => fleet.resolve(Some(name)),
     };
     match resolved {
-        Resolved::Workers { workers, rename, .. } => Ok(Serving::Workers { positions: workers, rename }),
+        Resolved::Workers { workers, rename, .. } => {
+            Ok(Serving::Workers { positions: workers, rename, others })
+        }
         Resolved::Unknown if endpoint.is_known() && !(by_query && *name == Name::Missing) => {
             let name = if let Name::Given(name) = name { name } else { "" };
             Err(respond::unknown_model(endpoint.error_shape, name, fleet))
         }
         // a WebSocket may tell its model later, and a path may not exist: a worker says so
         Resolved::Unknown => match fleet.any() {
-            Resolved::Workers { workers, .. } => Ok(Serving::Workers { positions: workers, rename: None }),
-            Resolved::Unknown => Ok(Serving::Workers { positions: &[], rename: None }),
+            Resolved::Workers { workers, .. } => {
+                Ok(Serving::Workers { positions: workers, rename: None, others })
+            }
+            Resolved::Unknown => Ok(Serving::Workers { positions: &[], rename: None, others }),
         },
     }
 }

@@ -54,6 +54,9 @@ pub(super) enum Failure {
     /// The framing of the answer's body is broken, and was so before any of it was passed on.
     #[error("the chunked coding of the answer is broken")]
     AnswerBody,
+    /// The worker does not have the path, and there are workers of other kinds.
+    #[error("the worker does not have the path")]
+    NoSuchPath,
     /// An answer that nobody asked for: 101 without an upgrade, or a flood of interim answers.
     #[error("the answer is out of place: {0}")]
     Unexpected(&'static str),
@@ -68,6 +71,8 @@ pub(super) enum Verdict {
     Another(Retry),
     /// Try the same worker on a fresh connection.
     Fresh(Retry),
+    /// Try a worker of another kind.
+    OtherKind(Retry),
 }
 
 impl Failure {
@@ -78,6 +83,8 @@ impl Failure {
             Self::Connect(_) => Verdict::Another(Retry::Refused),
             // a worker that closes an idle connection has not read the request
             Self::NoAnswer { reused: true } => Verdict::Fresh(Retry::StaleConnection),
+            // nothing was done
+            Self::NoSuchPath => Verdict::OtherKind(Retry::OtherKind),
             _ => Verdict::GiveUp,
         }
     }

@@ -39,6 +39,8 @@ pub enum Resolved<'a> {
 pub struct Fleet {
     /// Every worker, usable or not, in the order of configuration.
     pub workers: Vec<Arc<Worker>>,
+    /// Positions of the workers that [`Fleet::any`] does not lead to: of other kinds, perhaps.
+    pub(super) others: Vec<usize>,
     /// All positions of `workers`.
     pub(super) all: Vec<usize>,
     /// Workers whose model list could not be learnt (`/v1/models` refused): they may have any model.
@@ -101,12 +103,21 @@ impl Fleet {
     }
 
     /// For what does not depend on a model, or whose model cannot be read: the workers of the default model,
-    /// else of the first one. Workers of other kinds may lack the path (an embedding server knows no chat), and
-    /// the answer must not depend on chance.
+    /// else of the first one. Workers of other kinds may lack the path (a chat server knows no embeddings): the
+    /// answer must not depend on chance, and where these do not have it the [`Fleet::others`] are asked.
     pub fn any(&self) -> Resolved<'_> {
+        Resolved::Workers { workers: self.front(), model: None, rename: None }
+    }
+
+    pub(super) fn front(&self) -> &[usize] {
         let front = self.default_model.or_else(|| self.models.iter().position(|model| model.base));
-        let workers = front.map_or(&self.all, |at| &self.models[at].workers);
-        Resolved::Workers { workers, model: None, rename: None }
+        front.map_or(&self.all, |at| &self.models[at].workers)
+    }
+
+    /// The workers that [`Fleet::any`] does not lead to. What they are asked for they may know although the
+    /// others do not.
+    pub fn others(&self) -> &[usize] {
+        &self.others
     }
 
     /// Who serves `name`; `None` stands for a request that names no model (missing, `null` or `""`).

@@ -105,7 +105,8 @@ impl Registry {
             Some(name) => by_name.get(name).copied(),
             None => only_base(&models),
         };
-        Fleet {
+        let mut fleet = Fleet {
+            others: Vec::new(),
             workers: self.workers().cloned().collect(),
             all: (0..self.entries.len()).collect(),
             open: positions(&self.entries, |learnt| *learnt == Learnt::Open),
@@ -115,7 +116,9 @@ impl Registry {
             default_model,
             models_json: self.models_json.clone(),
             version_json: self.version_json.clone(),
-        }
+        };
+        fleet.others = fleet.all.iter().copied().filter(|at| !fleet.front().contains(at)).collect();
+        fleet
     }
 }
 
@@ -174,6 +177,7 @@ mod tests {
         registry.learnt(1, models(&["embed"]));
         registry.publish();
         assert_eq!(workers(&registry.handle().load().any()), [0], "the first model's");
+        assert_eq!(registry.handle().load().others(), [1]);
         registry.settings.default_model = Some("embed".into());
         registry.publish();
         assert_eq!(workers(&registry.handle().load().any()), [1], "the default model's");

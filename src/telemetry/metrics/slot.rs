@@ -87,6 +87,8 @@ labels! {
         Refused = "connect_refused",
         /// A reused connection died before its first answer byte.
         StaleConnection = "stale_connection",
+        /// The worker does not have the path; one of another kind may.
+        OtherKind = "other_kind",
     }
 }
 
