@@ -207,10 +207,15 @@ pub fn demo(config: Config) -> anyhow::Result<()> {
     let config = Config { worker_urls: workers.urls().to_vec(), ..config };
     run_until_signal(config, |address| {
         let mut out = std::io::stdout();
-        out.write_all(b"One streamed answer, through the proxy:\n\n  ").context("cannot print")?;
-        demo::show(address, &mut out).context("cannot stream an answer")?;
-        let text = demo::text(address, &workers);
-        out.write_all(format!("\n{text}").as_bytes()).context("cannot print")
+        let shown = out
+            .write_all(b"One streamed answer, through the proxy:\n\n  ")
+            .and_then(|()| demo::show(address, &mut out))
+            .and_then(|()| out.write_all(format!("\n{}", demo::text(address, &workers)).as_bytes()));
+        match shown {
+            // who reads has read enough (`| head -1`)
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            shown => shown.context("cannot show a streamed answer"),
+        }
     })
 }
 

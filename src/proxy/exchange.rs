@@ -158,7 +158,7 @@ fn who<'a>(
             Ok(Serving::Workers { positions: workers, rename, others })
         }
         Resolved::Unknown if endpoint.is_known() && !(by_query && *name == Name::Missing) => {
-            let name = if let Name::Given(name) = name { name } else { "" };
+            let name = if let Name::Given(name) = name { name } else { fleet.default_name() };
             Err(respond::unknown_model(endpoint.error_shape, name, fleet))
         }
         // a WebSocket may tell its model later, and a path may not exist: a worker says so
@@ -201,8 +201,9 @@ fn judge(worker: &Worker, failure: &Failure) {
         worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
         tracing::debug!(worker = worker.url().as_str(), error = %failure, "an attempt failed");
     }
-    if failure.condemns() && worker.set_health(Health::Down) == Health::Up {
-        tracing::warn!(worker = worker.url().as_str(), reason = %failure, "worker down");
+    if failure.condemns() {
+        // the control thread sees it, says so and probes
+        worker.set_health(Health::Down);
     }
 }
 

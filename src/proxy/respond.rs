@@ -119,7 +119,10 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
         Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
         Failure::ClientGone => return None,
         Failure::NoWorker | Failure::Connect(_) | Failure::NoSuchPath => {
-            let mut answer = Answer::error(503, "No worker that serves this model can be reached.");
+            let mut answer = Answer::error(
+                503,
+                "No worker that could serve this request can be reached. Please try again later.",
+            );
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
             (answer, Refusal::NoWorker)
         }

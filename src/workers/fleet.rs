@@ -51,6 +51,8 @@ pub struct Fleet {
     pub(super) by_name: HashMap<String, usize>,
     /// Alias to the model that it means.
     pub(super) aliases: HashMap<String, String>,
+    /// `--default-model`, served or not.
+    pub(super) default_name: String,
     /// Position in `models` of what a request without a model means.
     pub(super) default_model: Option<usize>,
     /// Body of `GET /v1/models`; empty while nothing is known.
@@ -76,10 +78,16 @@ impl Fleet {
         &self.models
     }
 
-    /// The names that vLLM's 404 lists: the base models, then the aliases.
+    /// What a request that names no model asks for, as the operator named it; empty if he did not.
+    pub fn default_name(&self) -> &str {
+        &self.default_name
+    }
+
+    /// The names that vLLM's 404 lists: the base models, then the aliases of what is served.
     pub fn valid_names(&self) -> impl Iterator<Item = &str> {
         let base = self.models.iter().filter(|model| model.base).map(|model| model.name.as_str());
-        let mut aliases: Vec<&str> = self.aliases.keys().map(String::as_str).collect();
+        let served = self.aliases.iter().filter(|(_, model)| self.by_name.contains_key(*model));
+        let mut aliases: Vec<&str> = served.map(|(alias, _)| alias.as_str()).collect();
         aliases.sort_unstable();
         base.chain(aliases)
     }

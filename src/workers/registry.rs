@@ -113,6 +113,7 @@ impl Registry {
             models,
             by_name,
             aliases: self.settings.aliases.iter().cloned().collect(),
+            default_name: self.settings.default_model.clone().unwrap_or_default(),
             default_model,
             models_json: self.models_json.clone(),
             version_json: self.version_json.clone(),
