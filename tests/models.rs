@@ -280,6 +280,14 @@ variants! {
         assert_eq!(retried, Some(4.0));
     }
 
+    fn a_worker_that_was_never_reached_is_no_other_kind(v: Variant) {
+        let unknown = crate::support::answer("404 Not Found", "application/json", "", r#"{"detail":"Not Found"}"#);
+        let worker = worker().model("chat").on("/nobody", script().send(unknown)).start();
+        let proxy = proxy(v).worker(&worker).url(&crate::support::dead_url()).start();
+        let answer = proxy.client().get("/nobody");
+        assert_eq!((answer.status, answer.text()), (404, r#"{"detail":"Not Found"}"#));
+    }
+
     fn a_worker_that_does_not_tell_its_models_may_have_any(v: Variant) {
         let open = worker().on("/v1/models", script().send(crate::support::answer(
             "401 Unauthorized", "application/json", "", r#"{"error":"Unauthorized"}"#))).echo().start();

@@ -147,7 +147,7 @@ fn who<'a>(
         return Ok(Serving::Admin);
     }
     let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);
-    let others = !matches!(name, Name::Given(_)) && !fleet.others().is_empty();
+    let others = !matches!(name, Name::Given(_)) && fleet.has_usable_others();
     let resolved = match name {
         Name::Irrelevant => fleet.any(),
         Name::Missing => fleet.resolve(None),

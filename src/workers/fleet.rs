@@ -128,6 +128,12 @@ impl Fleet {
         &self.others
     }
 
+    /// Whether one of [`Fleet::others`] can be asked. One that is down, or was never reached, knows nothing: its
+    /// refusal must not stand for the answer of those that are there.
+    pub fn has_usable_others(&self) -> bool {
+        self.others.iter().any(|&at| self.workers[at].usable())
+    }
+
     /// Who serves `name`; `None` stands for a request that names no model (missing, `null` or `""`).
     pub fn resolve(&self, name: Option<&str>) -> Resolved<'_> {
         let name = name.filter(|name| !name.is_empty());
