@@ -20,7 +20,7 @@ use crate::{
     config::Config,
     control, demo,
     net::{self, Driver},
-    proxy, shard,
+    proxy, routing, shard,
     shard::Orders,
     telemetry::{self, metrics::Metrics},
     vllm,
@@ -80,7 +80,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     metrics.set_dropped_lines(telemetry::log::dropped);
     let models =
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
-    let registry = Registry::new(config.worker_urls.clone(), models);
+    let registry = Registry::new(config.worker_urls.iter().cloned().map(Into::into), models);
     let fleet = registry.handle();
     let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
     let limits = admin::Limits {
@@ -96,6 +96,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     .context("cannot start the control thread")?;
     control.wait_ready();
 
+    let routing = routing::Shared { settings: Arc::new(config.routing.clone()) };
     let orders = Arc::new(Orders::default());
     let clock = Clock::start();
     let (end, ended) = mpsc::channel();
@@ -109,7 +110,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             admin: admin.clone(),
             metrics: metrics.clone(),
             shard: index,
-            policy: config.routing.policy.0.build,
+            routing: routing.clone(),
             fault: faults.on_request,
         };
         let (orders, ended) = (orders.clone(), end.clone());

@@ -85,7 +85,7 @@ async fn ask(worker: &Worker, method: &Method, uri: &Uri, headers: &HeaderMap, b
     *request.method_mut() = method.clone();
     *request.uri_mut() = uri.clone();
     *request.headers_mut() = headers.clone();
-    let name = worker.url().as_str().to_owned();
+    let name = worker.name().to_owned();
     match control::fetch(worker, request, LIMIT, ANSWER_BYTES).await {
         Ok(response) => Ok((name, response.status().as_u16(), response.into_body().to_vec())),
         Err(error) => {

@@ -14,7 +14,7 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::admin::Admin;
 use crate::control::{self, AttemptError};
-use crate::workers::{Health, InFlight, Worker};
+use crate::workers::{Demand, Health, InFlight, Worker};
 
 /// Fields that concern one connection only (RFC 9110 §7.6.1), and `Expect`, which the shard has dealt with.
 const HOP_BY_HOP: [HeaderName; 7] = [
@@ -40,7 +40,7 @@ pub(super) async fn forward(
     worker: &Arc<Worker>,
     mut request: Request<Body>,
 ) -> Result<Response<Body>, AttemptError> {
-    let in_flight = InFlight::begin(worker.clone());
+    let in_flight = InFlight::begin(worker.clone(), Demand::default());
     clean(request.headers_mut());
     let sent = control::send(worker, request, admin.limits.connect).await;
     let mut response = sent.inspect_err(|error| failed(worker, error))?;

@@ -40,7 +40,7 @@ async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Respons
 fn sample(worker: &Worker) -> WorkerSample {
     let counters = worker.counters();
     WorkerSample {
-        worker: worker.url().as_str().to_owned(),
+        worker: worker.name().to_owned(),
         healthy: worker.usable(),
         in_flight: worker.in_flight(),
         attempts: counters.attempts.load(Ordering::Relaxed),

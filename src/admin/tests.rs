@@ -60,7 +60,7 @@ impl Running {
             dns_refresh_secs: 3600.0,
             worker_api_key: None,
         };
-        let registry = Registry::new(urls, models);
+        let registry = Registry::new(urls.into_iter().map(Into::into), models);
         let fleet = registry.handle();
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let admin = listener.local_addr().unwrap();

@@ -29,7 +29,7 @@ impl Running {
             worker_api_key: None,
         };
         edit(&mut settings);
-        let registry = Registry::new(urls, ModelSettings::default());
+        let registry = Registry::new(urls.into_iter().map(Into::into), ModelSettings::default());
         let fleet = registry.handle();
         let service: Service = Box::new(|_| Box::pin(std::future::pending()));
         let handle = start(Parts { settings, registry, aliases: vec![], service }).unwrap();

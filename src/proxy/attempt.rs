@@ -25,7 +25,7 @@ use crate::{
         retry::{Failure, Verdict},
     },
     upstream::Connection,
-    workers::{InFlight, Worker},
+    workers::{Demand, InFlight, Worker},
 };
 
 /// Interim answers (1xx) before the final one at most (`faults.md` §2.3).
@@ -78,7 +78,7 @@ pub(super) async fn attempt(
     manner: Manner,
 ) -> Attempted {
     let cx = client.cx;
-    let _in_flight = InFlight::begin(worker.clone());
+    let _in_flight = InFlight::begin(worker.clone(), Demand::default());
     // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
     let fresh = manner.fresh || matches!(body, Body::Streaming(_));
     let mut connection = match checkout(client, worker, fresh).await {

@@ -10,7 +10,7 @@ use crate::{
     base::{Clock, Date},
     net::{Buffer, ShardClock, Watches},
     proxy::Settings,
-    routing::Policy,
+    routing::{Policy, Shared},
     telemetry::metrics::{Metrics, ShardMetrics},
     upstream::{self, Pool},
     workers::{Fleet, FleetHandle, Worker},
@@ -46,8 +46,8 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     /// Position of this shard.
     pub shard: usize,
-    /// Builds the policy.
-    pub policy: fn() -> Box<dyn Policy>,
+    /// What the policy is built of.
+    pub routing: Shared,
     /// Called with every request's target, for tests that need a fault on a shard.
     pub fault: Option<fn(&str)>,
 }
@@ -86,7 +86,7 @@ impl Context {
             buffers: Buffers::default(),
             admin: parts.admin,
             fault: parts.fault,
-            policy: RefCell::new((parts.policy)()),
+            policy: RefCell::new((parts.routing.settings.policy.0.build)(&parts.routing)),
             positions: RefCell::default(),
             metrics: parts.metrics,
             shard: parts.shard,

@@ -17,7 +17,7 @@ use crate::{
         respond::{self, Answer},
         retry::{Failure, MAX_ATTEMPTS, Verdict},
     },
-    routing::{Candidates, RouteInput, Tried},
+    routing::{Candidates, Prompt, RouteInput, Tried},
     telemetry::metrics::Refusal,
     vllm::{self, Endpoint, ModelSource, Treatment},
     workers::{Fleet, Health, Resolved, Worker},
@@ -179,7 +179,9 @@ fn choose(client: &Client<'_>, fleet: &Fleet, serving: &Serving<'_>, tried: &Tri
         Serving::Workers { positions, .. } => {
             let mut scratch = cx.positions.borrow_mut();
             let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
-            let input = RouteInput { random: cx.random() };
+            let prompt = Prompt::default();
+            let now = cx.clock.now();
+            let input = RouteInput { random: cx.random(), now, session: None, prompt: &prompt };
             let position = cx.policy.borrow_mut().choose(&input, &candidates)?.position;
             Some(Chosen { position, worker: fleet.workers[position].clone() })
         }

@@ -2,8 +2,10 @@
 
 mod candidates;
 mod policies;
+mod prefix;
 mod settings;
 
 pub use candidates::{Candidates, Tried};
-pub use policies::{Definition, POLICIES, Policy, RouteInput, Selection};
+pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared, Usage};
+pub use prefix::Prompt;
 pub use settings::{PolicyName, Settings};

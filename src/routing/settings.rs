@@ -24,7 +24,9 @@ impl FromStr for PolicyName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        POLICIES.iter().find(|policy| policy.name == text).map(Self).ok_or_else(|| {
+        let plain = text.trim().to_ascii_lowercase().replace('-', "_");
+        let named = |policy: &&Definition| policy.name == plain || policy.aliases.contains(&&*plain);
+        POLICIES.iter().find(named).map(Self).ok_or_else(|| {
             let names: Vec<&str> = POLICIES.iter().map(|policy| policy.name).collect();
             format!("`{text}` is no policy; allowed: {}", names.join(", "))
         })
@@ -37,4 +39,15 @@ pub struct Settings {
     /// How a worker is chosen among those that have the model
     #[arg(long, env = "VLLM_PROXY_POLICY", default_value = "least_requests", value_name = "POLICY")]
     pub policy: PolicyName,
+}
+
+#[cfg(test)]
+impl Settings {
+    /// The settings that these flags make, whatever the environment says.
+    pub(crate) fn of_flags(flags: &[&str]) -> Self {
+        use clap::{Args, Command, FromArgMatches, builder::Resettable};
+        let command = Self::augment_args(Command::new("test")).no_binary_name(true);
+        let command = command.mut_args(|arg| arg.env(Resettable::Reset));
+        Self::from_arg_matches(&command.get_matches_from(flags)).unwrap()
+    }
 }

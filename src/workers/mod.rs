@@ -5,12 +5,18 @@
 //! request (requests in flight, health, counters) lives in atomics of the [`Worker`] itself, so a new fleet
 //! forgets nothing.
 
+mod engine;
 mod fleet;
+mod load;
 mod registry;
+mod spec;
 mod url;
 mod worker;
 
+pub use engine::{Engine, EngineStats};
 pub use fleet::{Fleet, FleetHandle, Model, Resolved};
+pub use load::{Demand, InFlight, Load};
 pub use registry::{Learnt, ModelSettings, Registry};
+pub use spec::{Traits, WorkerSpec};
 pub use url::{UrlError, WorkerUrl};
-pub use worker::{Addresses, Health, InFlight, Worker, WorkerCounters};
+pub use worker::{Addresses, Health, MAX_POLICIES, Worker, WorkerCounters};

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use crate::workers::{Fleet, FleetHandle, Model, Worker, WorkerUrl};
+use crate::workers::{Fleet, FleetHandle, Model, Worker, WorkerSpec};
 
 /// What the operator said about model names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,10 +37,10 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// A registry of the workers at `urls`, in that order; of each nothing is known yet.
-    pub fn new(urls: impl IntoIterator<Item = WorkerUrl>, settings: ModelSettings) -> Self {
-        let entries = urls.into_iter().enumerate();
-        let entries = entries.map(|(id, url)| (Arc::new(Worker::new(id, url)), Learnt::Nothing)).collect();
+    /// A registry of these workers, in that order; of each nothing is known yet.
+    pub fn new(specs: impl IntoIterator<Item = WorkerSpec>, settings: ModelSettings) -> Self {
+        let entries = specs.into_iter().enumerate();
+        let entries = entries.map(|(id, spec)| (Arc::new(Worker::new(id, spec)), Learnt::Nothing)).collect();
         let mut registry = Self {
             settings,
             entries,

@@ -10,7 +10,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use crate::workers::WorkerUrl;
+use crate::workers::{Engine, Load, Traits, WorkerSpec, WorkerUrl, load::Cells};
 
 /// What is believed of a worker. Busy is not dead: only transport errors and probes change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,20 @@ pub struct WorkerCounters {
     pub transport_errors: AtomicU64,
     /// Connections opened.
     pub connects: AtomicU64,
+    /// Tokens of the prompts that were sent to it, as they were estimated.
+    pub prompt_tokens: AtomicU64,
+    /// Those of them that were believed to be in its prefix cache.
+    pub predicted_cached_tokens: AtomicU64,
+    /// Tokens of the prompts whose answer told how many were cached.
+    pub reported_prompt_tokens: AtomicU64,
+    /// Those of them that the worker found in its prefix cache.
+    pub reported_cached_tokens: AtomicU64,
+    /// Times that a policy chose it, by the policy's position in its table.
+    pub selections: [AtomicU64; MAX_POLICIES],
 }
+
+/// Policies that can be counted at most.
+pub const MAX_POLICIES: usize = 16;
 
 /// A line of its own, so that shards that count on different workers do not share one.
 #[derive(Debug, Default)]
@@ -53,22 +66,37 @@ struct OwnLine<T>(T);
 #[derive(Debug)]
 pub struct Worker {
     id: usize,
-    url: WorkerUrl,
+    spec: WorkerSpec,
+    name: String,
+    rank: Option<String>,
     addresses: ArcSwap<Addresses>,
     health: AtomicU8,
-    in_flight: OwnLine<AtomicU32>,
+    /// Grows with every loss of its prefix cache.
+    cache_generation: AtomicU32,
+    engine: Engine,
+    load: OwnLine<Cells>,
     counters: OwnLine<WorkerCounters>,
 }
 
 impl Worker {
-    /// A worker of which nothing is known but its URL. `id` is never given to another one in this process.
-    pub fn new(id: usize, url: WorkerUrl) -> Self {
+    /// A worker of which nothing is known but what the operator says. `id` is never given to another one in this
+    /// process.
+    pub fn new(id: usize, spec: WorkerSpec) -> Self {
+        let rank = spec.rank.map(|rank| rank.to_string());
+        let name = match &rank {
+            Some(rank) => format!("{}@{rank}", spec.url),
+            None => spec.url.to_string(),
+        };
         Self {
             id,
-            url,
+            spec,
+            name,
+            rank,
             addresses: ArcSwap::default(),
             health: AtomicU8::new(Health::Unknown as u8),
-            in_flight: OwnLine::default(),
+            cache_generation: AtomicU32::new(0),
+            engine: Engine::default(),
+            load: OwnLine::default(),
             counters: OwnLine::default(),
         }
     }
@@ -80,7 +108,22 @@ impl Worker {
 
     /// Where it is.
     pub fn url(&self) -> &WorkerUrl {
-        &self.url
+        &self.spec.url
+    }
+
+    /// How it is shown: its URL, and behind an `@` its data-parallel rank.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Value of `X-data-parallel-rank` for it.
+    pub fn rank(&self) -> Option<&str> {
+        self.rank.as_deref()
+    }
+
+    /// What the operator says of it.
+    pub fn traits(&self) -> &Traits {
+        &self.spec.traits
     }
 
     /// The addresses to connect to.
@@ -115,48 +158,53 @@ impl Worker {
         self.health() == Health::Up
     }
 
-    /// Sets what is believed of it; returns what was believed before.
+    /// Sets what is believed of it; returns what was believed before. Who comes back from being down has most
+    /// likely been started anew, so going down loses the cache.
     pub fn set_health(&self, health: Health) -> Health {
-        match self.health.swap(health as u8, Ordering::Relaxed) {
+        let before = match self.health.swap(health as u8, Ordering::Relaxed) {
             1 => Health::Up,
             2 => Health::Down,
             _ => Health::Unknown,
+        };
+        if health == Health::Down && before != Health::Down {
+            self.cache_lost();
         }
+        before
+    }
+
+    /// Its prefix cache is empty: it was started anew, slept, or was told to.
+    pub fn cache_lost(&self) {
+        self.cache_generation.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Changes whenever its prefix cache was lost.
+    pub fn cache_generation(&self) -> u32 {
+        self.cache_generation.load(Ordering::Relaxed)
+    }
+
+    /// What it says of itself.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     /// Requests of this process that run on it now.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.0.load(Ordering::Relaxed)
+        self.load.0.in_flight()
+    }
+
+    /// What runs on it now.
+    pub fn load(&self) -> Load {
+        let own = self.load.0.load();
+        Load { in_flight: own.in_flight.saturating_add(self.engine.foreign()), ..own }
+    }
+
+    pub(super) fn cells(&self) -> &Cells {
+        &self.load.0
     }
 
     /// Its counters.
     pub fn counters(&self) -> &WorkerCounters {
         &self.counters.0
-    }
-}
-
-/// One request in flight on a worker, until dropped. The only place where the count goes down.
-#[derive(Debug)]
-pub struct InFlight(Arc<Worker>);
-
-impl InFlight {
-    /// Counts one request more on `worker`.
-    pub fn begin(worker: Arc<Worker>) -> Self {
-        worker.in_flight.0.fetch_add(1, Ordering::Relaxed);
-        worker.counters.0.attempts.fetch_add(1, Ordering::Relaxed);
-        Self(worker)
-    }
-
-    /// The worker it runs on.
-    pub fn worker(&self) -> &Arc<Worker> {
-        &self.0
-    }
-}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        let before = self.0.in_flight.0.fetch_sub(1, Ordering::Relaxed);
-        debug_assert!(before > 0, "a request ended on a worker where none was in flight");
     }
 }
 
@@ -166,16 +214,6 @@ mod tests {
 
     fn worker() -> Worker {
         Worker::new(0, "http://a:1".parse().unwrap())
-    }
-
-    #[test]
-    fn in_flight_ends_with_the_guard() {
-        let worker = Arc::new(worker());
-        let (one, two) = (InFlight::begin(worker.clone()), InFlight::begin(worker.clone()));
-        assert_eq!(worker.in_flight(), 2);
-        drop(one);
-        drop(two);
-        assert_eq!(worker.in_flight(), 0);
     }
 
     #[test]

@@ -3,12 +3,14 @@
 //! Ties, which are the common case of a fleet with little load, go round in turn: the first in the list must
 //! not become the busiest.
 
-use crate::routing::{Candidates, Definition, Policy, RouteInput, Selection};
+use crate::routing::{Candidates, Definition, Needs, Policy, RouteInput, Selection};
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "least_requests",
+    aliases: &["least_load", "least_active"],
     summary: "the worker with the fewest requests in flight; ties go round in turn",
-    build: || Box::new(LeastRequests { next: None }),
+    needs: Needs { prompt: false, session: false },
+    build: |_| Box::new(LeastRequests { next: None }),
 };
 
 struct LeastRequests {
@@ -17,15 +19,15 @@ struct LeastRequests {
 }
 
 impl Policy for LeastRequests {
-    fn choose(&mut self, input: &RouteInput, candidates: &Candidates<'_>) -> Option<Selection> {
+    fn choose(&mut self, input: &RouteInput<'_>, candidates: &Candidates<'_>) -> Option<Selection> {
         let count = candidates.iter().map(|(position, _)| position + 1).max()?;
         let next = *self.next.get_or_insert((input.random % count as u64) as usize);
         let (position, _) = candidates.iter().min_by_key(|(position, worker)| {
             let turn = if *position >= next { *position - next } else { *position + count };
-            (worker.in_flight(), turn)
+            (worker.load().in_flight, turn)
         })?;
         self.next = Some(position + 1);
-        Some(Selection { position })
+        Some(Selection::of(position))
     }
 }
 
@@ -33,8 +35,8 @@ impl Policy for LeastRequests {
 mod tests {
     use super::*;
     use crate::{
-        routing::Tried,
-        workers::{Health, InFlight, ModelSettings, Registry},
+        routing::{Prompt, Tried},
+        workers::{Demand, Health, InFlight, ModelSettings, Registry},
     };
 
     #[test]
@@ -45,15 +47,17 @@ mod tests {
             worker.set_health(Health::Up);
         });
         let mut policy = LeastRequests { next: Some(0) };
-        let mut scratch = Vec::new();
+        let (mut scratch, prompt) = (Vec::new(), Prompt::default());
         let mut choose = || {
             let candidates = Candidates::of(&fleet, &[0, 1, 2], &Tried::none(), &mut scratch);
-            policy.choose(&RouteInput { random: 0 }, &candidates).unwrap().position
+            let input = RouteInput { random: 0, now: 0, session: None, prompt: &prompt };
+            policy.choose(&input, &candidates).unwrap().position
         };
         assert_eq!([choose(), choose(), choose(), choose()], [0, 1, 2, 0]);
-        let busy = InFlight::begin(fleet.workers[1].clone());
+        let begin = |at: usize| InFlight::begin(fleet.workers[at].clone(), Demand::default());
+        let busy = begin(1);
         assert_eq!([choose(), choose(), choose()], [2, 0, 2]);
-        let _busier = [InFlight::begin(fleet.workers[0].clone()), InFlight::begin(fleet.workers[2].clone())];
+        let _busier = [begin(0), begin(2)];
         drop(busy);
         assert_eq!([choose(), choose()], [1, 1]);
     }

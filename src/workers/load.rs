@@ -1,0 +1,150 @@
+//! What runs on a worker now, counted by whoever sends it something.
+//!
+//! Our own figures are exact and of this moment. What others send to the worker is only seen through its
+//! `/metrics`, seconds late: it corrects the sum and never leads it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use crate::workers::Worker;
+
+/// What a request asks of a worker, in tokens, as far as could be told when the worker was chosen. All zero
+/// where the policy does not look at prompts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Those of them that the worker is believed not to hold in its prefix cache.
+    pub uncached_tokens: u64,
+}
+
+impl Demand {
+    /// Tokens that are believed to be in the worker's prefix cache.
+    pub fn cached_tokens(&self) -> u64 {
+        self.prompt_tokens.saturating_sub(self.uncached_tokens)
+    }
+}
+
+/// What runs on a worker at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Requests: ours, and what the worker's own figures say of others'.
+    pub in_flight: u32,
+    /// Uncached prompt tokens of requests that have not had their first token.
+    pub queued_tokens: u64,
+    /// Prompt tokens of requests that have.
+    pub decode_tokens: u64,
+}
+
+/// The counters behind a [`Load`].
+#[derive(Debug, Default)]
+pub(super) struct Cells {
+    in_flight: AtomicU32,
+    queued_tokens: AtomicU64,
+    decode_tokens: AtomicU64,
+}
+
+impl Cells {
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Our own requests only.
+    pub(super) fn load(&self) -> Load {
+        Load {
+            in_flight: self.in_flight(),
+            queued_tokens: self.queued_tokens.load(Ordering::Relaxed),
+            decode_tokens: self.decode_tokens.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// One request in flight on a worker, until dropped. The only place where its counts go down.
+#[derive(Debug)]
+pub struct InFlight {
+    worker: Arc<Worker>,
+    demand: Demand,
+    decoding: bool,
+}
+
+impl InFlight {
+    /// Counts one request more on `worker`; its uncached tokens are queued there from now on.
+    pub fn begin(worker: Arc<Worker>, demand: Demand) -> Self {
+        let cells = worker.cells();
+        cells.in_flight.fetch_add(1, Ordering::Relaxed);
+        if demand.uncached_tokens > 0 {
+            cells.queued_tokens.fetch_add(demand.uncached_tokens, Ordering::Relaxed);
+        }
+        worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
+        Self { worker, demand, decoding: false }
+    }
+
+    /// The first token has come: its prompt is not queued any more. Further calls do nothing.
+    pub fn first_token(&mut self) {
+        if std::mem::replace(&mut self.decoding, true) || self.demand == Demand::default() {
+            return;
+        }
+        let cells = self.worker.cells();
+        cells.queued_tokens.fetch_sub(self.demand.uncached_tokens, Ordering::Relaxed);
+        cells.decode_tokens.fetch_add(self.demand.prompt_tokens, Ordering::Relaxed);
+    }
+
+    /// The worker it runs on.
+    pub fn worker(&self) -> &Arc<Worker> {
+        &self.worker
+    }
+
+    /// What it was expected to ask of the worker.
+    pub fn demand(&self) -> Demand {
+        self.demand
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let cells = self.worker.cells();
+        let before = cells.in_flight.fetch_sub(1, Ordering::Relaxed);
+        debug_assert!(before > 0, "a request ended on a worker where none was in flight");
+        if self.demand == Demand::default() {
+            return;
+        }
+        let (cell, tokens) = if self.decoding {
+            (&cells.decode_tokens, self.demand.prompt_tokens)
+        } else {
+            (&cells.queued_tokens, self.demand.uncached_tokens)
+        };
+        let before = cell.fetch_sub(tokens, Ordering::Relaxed);
+        debug_assert!(before >= tokens, "a worker's tokens fell below zero");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEMAND: Demand = Demand { prompt_tokens: 100, uncached_tokens: 30 };
+
+    #[test]
+    fn everything_ends_with_the_guard() {
+        let worker = Arc::new(Worker::new(0, "http://a:1".parse().unwrap()));
+        let (one, mut two) =
+            (InFlight::begin(worker.clone(), DEMAND), InFlight::begin(worker.clone(), DEMAND));
+        two.first_token();
+        two.first_token();
+        assert_eq!(worker.load(), Load { in_flight: 2, queued_tokens: 30, decode_tokens: 100 });
+        drop(one);
+        assert_eq!(worker.load(), Load { in_flight: 1, queued_tokens: 0, decode_tokens: 100 });
+        drop(two);
+        assert_eq!(worker.load(), Load::default());
+    }
+
+    #[test]
+    fn a_request_of_unknown_demand_is_counted_as_one() {
+        let worker = Arc::new(Worker::new(0, "http://a:1".parse().unwrap()));
+        let mut guard = InFlight::begin(worker.clone(), Demand::default());
+        guard.first_token();
+        assert_eq!(worker.load(), Load { in_flight: 1, ..Load::default() });
+    }
+}
