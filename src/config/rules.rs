@@ -67,6 +67,8 @@ pub(super) const RULES: &[Rule] = &[
 
     Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
     Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },
+    Rule { id: "prompt_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.prompt_peek_bytes, 0..=c.proxy.max_body_bytes) },
+    Rule { id: "worker_header", allowed: SWITCH, check: |_| Ok(()) },
     Rule { id: "head_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.head_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "body_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.body_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "keepalive_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.keepalive_timeout_secs, 1..=MAX_SECONDS) },

@@ -3,9 +3,12 @@
 mod candidates;
 mod policies;
 mod prefix;
+mod router;
 mod settings;
 
+pub use crate::vllm::Usage;
 pub use candidates::{Candidates, Tried};
-pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared, Usage};
+pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared};
 pub use prefix::Prompt;
+pub use router::Router;
 pub use settings::{PolicyName, Settings};

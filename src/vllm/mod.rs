@@ -4,6 +4,7 @@
 //! - [`facts`] and [`multipart`]: what must be known of a request before a worker can be chosen;
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
 //! - [`models`]: model lists and versions of many workers made into those of one;
+//! - [`usage`]: how many tokens an answer took;
 //! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
 //! "vLLM" without a version means 0.32.0 with its Python front end; `golden` in a test's name means recorded
@@ -15,6 +16,7 @@ pub mod errors;
 pub mod facts;
 pub mod models;
 pub mod multipart;
+pub mod usage;
 
 #[cfg(test)]
 mod golden;
@@ -24,3 +26,4 @@ pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup}
 pub use facts::{Facts, Key, ModelFact, Ranges, scan_json};
 pub use models::{ModelCard, lowest_version, merge_models, parse_models};
 pub use multipart::{ModelField, MultipartFact, boundary, query_model};
+pub use usage::{Usage, usage_of_events, usage_of_tail};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::{
     base::Millis,
     routing::{Candidates, Prompt, Settings},
+    vllm::Usage,
     workers::{Demand, Worker},
 };
 
@@ -51,17 +52,6 @@ pub struct Outcome<'a> {
     /// What the worker's answer says; `None`: the attempt could not even be sent, so the worker knows nothing of
     /// the prompt.
     pub usage: Option<Usage>,
-}
-
-/// What a worker reports of an answer. `None`: not told.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: Option<u64>,
-    /// Those of them that were found in the prefix cache.
-    pub cached_tokens: Option<u64>,
-    /// Tokens that were generated.
-    pub completion_tokens: Option<u64>,
 }
 
 /// A way to choose a worker. Belongs to one shard; what shards share is given to it when it is built. Pure: time
