@@ -88,11 +88,6 @@ impl BlockCache {
         }
     }
 
-    /// Tokens that fit.
-    pub(crate) fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
     /// Share of the memory that running requests hold, 0 to 1.
     pub(crate) fn usage(&self) -> f64 {
         (self.pinned + self.reserved) as f64 / self.capacity as f64

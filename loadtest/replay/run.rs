@@ -16,7 +16,8 @@ const DRAIN_S: f64 = 30.0;
 const DRAIN_SHARE: f64 = 0.03;
 
 /// What goes wrong in a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Fault {
     /// Nothing.
     None,
@@ -42,7 +43,7 @@ pub(crate) struct Terms<'a> {
 }
 
 /// What came out of a run. Times in seconds.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
 pub(crate) struct Measures {
     /// Share of prompt tokens that were found in caches.
     pub(crate) hit: f64,
@@ -55,6 +56,22 @@ pub(crate) struct Measures {
     pub(crate) imbalance: f64,
     /// Whether the last request ended soon after it came; false also where the run was given up.
     pub(crate) drained: bool,
+}
+
+impl Measures {
+    /// The mean of several runs; drained only if all have.
+    pub(crate) fn mean(runs: &[Self]) -> Self {
+        let mean = |figure: fn(&Self) -> f64| runs.iter().map(figure).sum::<f64>() / runs.len() as f64;
+        Self {
+            hit: mean(|run| run.hit),
+            mean_s: mean(|run| run.mean_s),
+            p50_s: mean(|run| run.p50_s),
+            p90_s: mean(|run| run.p90_s),
+            p99_s: mean(|run| run.p99_s),
+            imbalance: mean(|run| run.imbalance),
+            drained: runs.iter().all(|run| run.drained),
+        }
+    }
 }
 
 /// Runs to the end.

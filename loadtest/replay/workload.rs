@@ -57,6 +57,18 @@ impl Workload {
         self.requests.len() as f64 / self.duration_s()
     }
 
+    /// One line for people.
+    pub(crate) fn summary(&self) -> String {
+        let count = self.requests.len() as u64;
+        let output: u64 = self.requests.iter().map(|request| u64::from(request.output)).sum();
+        format!(
+            "{count} requests, {} tokens in and {} out on average, {:.1} % of the former seen before",
+            self.prompt_tokens() / count,
+            output / count,
+            self.reusable() * 100.0
+        )
+    }
+
     /// Tokens of all prompts.
     pub(crate) fn prompt_tokens(&self) -> u64 {
         self.requests.iter().map(|request| u64::from(request.prompt)).sum()
@@ -178,6 +190,8 @@ fn continued(blocks: &[u32], own: u64, sessions: &mut HashMap<u32, u64>) -> u64 
 pub(crate) struct Mould {
     /// Requests, about.
     pub(crate) requests: usize,
+    /// Seconds that they take at speed 1.
+    pub(crate) length_s: f64,
     /// Applications: each has a system prompt of its own.
     pub(crate) tools: usize,
     /// How unequally they are used.
@@ -201,6 +215,7 @@ pub(crate) struct Mould {
 /// Sessions of four requests over 60 tools with long system prompts: most of a prompt is known somewhere.
 pub(crate) const AGENT: Mould = Mould {
     requests: 28_000,
+    length_s: HOUR_S,
     tools: 60,
     zipf: 1.0,
     system: (2000.0, 10_000.0),
@@ -221,6 +236,7 @@ pub(crate) const AGENT2: Mould = Mould { tools: 200, zipf: 0.8, system: (1000.0,
 /// Chats of all kinds: short ones, long ones, with documents, and lone long questions that share nothing.
 pub(crate) const MIX: Mould = Mould {
     requests: 14_000,
+    length_s: HOUR_S,
     tools: 24,
     zipf: 1.2,
     system: (100.0, 3000.0),
@@ -232,7 +248,7 @@ pub(crate) const MIX: Mould = Mould {
     lone: 0.2,
 };
 
-/// Makes a workload of one hour.
+/// Makes a workload.
 pub(crate) fn generate(mould: &Mould, seed: u64) -> Workload {
     let mut chance = Chance::new(seed);
     let mut blocks = Blocks { next: 0 };
@@ -246,7 +262,7 @@ pub(crate) fn generate(mould: &Mould, seed: u64) -> Workload {
         session += 1;
         let lone = chance.share() < mould.lone;
         let mut text = if lone { Text::default() } else { tools[zipf.draw(&mut chance)].clone() };
-        let mut arrival_s = chance.between(0.0, HOUR_S);
+        let mut arrival_s = chance.between(0.0, mould.length_s);
         for _ in 0..turns(mould, lone, &mut chance) {
             let document = lone || chance.share() < mould.document.0;
             let mut added = chance.log_normal(mould.user.0, mould.user.1, 20.0, 8000.0);
@@ -269,8 +285,8 @@ pub(crate) fn generate(mould: &Mould, seed: u64) -> Workload {
             }
         }
     }
-    // a session that begins late ends in the next hour: cut, or the load would fade out
-    drafts.retain(|draft| draft.arrival_s < HOUR_S);
+    // a session that begins late is cut, or the load would fade out
+    drafts.retain(|draft| draft.arrival_s < mould.length_s);
     workload(CHUNK_TOKENS, drafts)
 }
 
