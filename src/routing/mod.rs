@@ -7,5 +7,5 @@ mod settings;
 
 pub use candidates::{Candidates, Tried};
 pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared, Usage};
-pub use prefix::Prompt;
+pub use prefix::{CHUNK_BYTES, MAX_CHUNKS, MAX_SEATS, PrefixIndex, Prompt, TokenRates};
 pub use settings::{PolicyName, Settings};
