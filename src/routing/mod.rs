@@ -9,6 +9,6 @@ mod settings;
 pub use crate::vllm::Usage;
 pub use candidates::{Candidates, Tried};
 pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared};
-pub use prefix::Prompt;
+pub use prefix::{PrefixIndex, Prompt, TokenRates};
 pub use router::Router;
 pub use settings::{PolicyName, Settings};
