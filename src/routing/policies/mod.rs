@@ -1,6 +1,13 @@
 //! The policies: a file each, and a row of [`POLICIES`].
 
+mod capacity;
+mod chance;
+mod consistent_hash;
 mod least_requests;
+mod power_of_two;
+mod random;
+mod round_robin;
+mod turns;
 
 use std::sync::Arc;
 
@@ -103,87 +110,19 @@ impl std::fmt::Debug for Definition {
 }
 
 /// Every policy there is.
-pub static POLICIES: &[Definition] = &[least_requests::DEFINITION];
+pub static POLICIES: &[Definition] = &[
+    least_requests::DEFINITION,
+    round_robin::DEFINITION,
+    random::DEFINITION,
+    power_of_two::DEFINITION,
+    capacity::DEFINITION,
+    consistent_hash::DEFINITION,
+];
+
+/// Requests in flight on a worker with the one that is to come, times its cost.
+fn burden(worker: &Worker) -> f64 {
+    (f64::from(worker.load().in_flight) + 1.0) * worker.traits().cost
+}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        routing::Tried,
-        workers::{Fleet, Health, ModelSettings, Registry},
-    };
-
-    fn fleet(count: usize) -> Arc<Fleet> {
-        let urls = (0..count).map(|n| format!("http://w{n}:1").parse().unwrap());
-        let fleet = Registry::new(urls, ModelSettings::default()).handle().load_full();
-        for worker in &fleet.workers {
-            worker.set_health(Health::Up);
-        }
-        fleet
-    }
-
-    fn build(row: &Definition) -> Box<dyn Policy> {
-        (row.build)(&Shared { settings: Arc::new(Settings::of_flags(&[])) })
-    }
-
-    fn choose(policy: &mut dyn Policy, fleet: &Fleet, random: u64) -> Option<usize> {
-        let serving: Vec<usize> = (0..fleet.workers.len()).collect();
-        let mut scratch = Vec::new();
-        let candidates = Candidates::of(fleet, &serving, &Tried::none(), &mut scratch);
-        let prompt = Prompt::default();
-        let input = RouteInput { random, now: 0, session: None, prompt: &prompt };
-        policy.choose(&input, &candidates).map(|selection| selection.position)
-    }
-
-    #[test]
-    fn every_policy_chooses_nobody_from_an_empty_fleet() {
-        for row in POLICIES {
-            assert_eq!(choose(&mut *build(row), &fleet(0), 7), None, "{}", row.name);
-        }
-    }
-
-    #[test]
-    fn every_policy_chooses_the_only_worker() {
-        for row in POLICIES {
-            assert_eq!(choose(&mut *build(row), &fleet(1), 7), Some(0), "{}", row.name);
-        }
-    }
-
-    #[test]
-    fn every_policy_leaves_out_a_worker_that_is_down() {
-        for row in POLICIES {
-            let fleet = fleet(3);
-            let mut policy = build(row);
-            fleet.workers[1].set_health(Health::Down);
-            for random in 0..100 {
-                assert_ne!(choose(&mut *policy, &fleet, random), Some(1), "{}", row.name);
-            }
-        }
-    }
-
-    #[test]
-    fn every_policy_is_fair_to_idle_workers() {
-        for row in POLICIES {
-            let (fleet, mut policy) = (fleet(3), build(row));
-            let mut counts = [0; 3];
-            for random in 0..300 {
-                counts[choose(&mut *policy, &fleet, random).unwrap()] += 1;
-            }
-            assert!(counts.iter().all(|&count| count >= 60), "{}: {counts:?}", row.name);
-        }
-    }
-
-    #[test]
-    fn names_are_unique() {
-        let all = || POLICIES.iter().flat_map(|row| row.aliases.iter().chain([&row.name]));
-        let mut names: Vec<&str> = all().copied().collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all().count());
-    }
-
-    #[test]
-    fn every_policy_can_be_counted() {
-        assert!(POLICIES.len() <= crate::workers::MAX_POLICIES);
-    }
-}
+pub(in crate::routing) mod tests;
