@@ -26,7 +26,8 @@ const MAX_POOL: usize = 65_536;
 const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
 const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
 const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
-const POLICY: &str = "least_requests, round_robin, random, power_of_two, capacity, consistent_hash";
+const POLICY: &str =
+    "cache_aware, least_requests, round_robin, random, power_of_two, capacity, consistent_hash";
 const SWITCH: &str = "true or false";
 
 /// What is allowed for one setting.
@@ -71,6 +72,9 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "hash_load_factor", allowed: "0, or a number from 1 to 1000", check: |c| hash_load_factor(c.routing.hash_load_factor) },
     Rule { id: "capacity_running_weight", allowed: "a number from 0 to 1000", check: |c| within(c.routing.capacity_running_weight, 0.0..=1000.0) },
     Rule { id: "capacity_waiting_weight", allowed: "a number from 0 to 1000", check: |c| within(c.routing.capacity_waiting_weight, 0.0..=1000.0) },
+    Rule { id: "prefix_index_bytes", allowed: "a whole number of bytes from 0 to 2^40", check: |c| within(c.routing.prefix_index_bytes, 0..=1 << 40) },
+    Rule { id: "worker_cache_tokens", allowed: "a whole number from 0 to 2^40", check: |c| within(c.routing.worker_cache_tokens, 0..=1 << 40) },
+    Rule { id: "cache_miss_weight_max", allowed: "a number from 1 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.0..=100.0) },
 
     Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
     Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },

@@ -269,7 +269,7 @@ fn choose(
                 session: asked.session,
                 prompt: &asked.prompt,
             };
-            let (Selection { position, demand }, _) =
+            let Selection { position, demand } =
                 cx.router.borrow_mut().choose(asked.model, &input, &candidates)?;
             Some(Chosen { position, worker: fleet.workers[position].clone(), demand })
         }

@@ -66,16 +66,30 @@ impl FromStr for ModelPolicy {
 
 /// The choice of a worker.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub struct Settings {
     /// How a worker is chosen among those that have the model
     #[arg(
         long,
         visible_alias = "routing-logic",
         env = "VLLM_PROXY_POLICY",
-        default_value = "least_requests",
+        default_value = "cache_aware",
         value_name = "POLICY"
     )]
     pub policy: PolicyName,
+
+    /// Bytes of memory for the index of which prompts are in which worker's prefix cache
+    #[arg(long, env = "VLLM_PROXY_PREFIX_INDEX_BYTES", default_value_t = 64 * 1024 * 1024, value_name = "BYTES")]
+    pub prefix_index_bytes: u64,
+
+    /// Tokens that the prefix cache of a worker holds which does not tell it in its `/metrics`
+    #[arg(long, env = "VLLM_PROXY_WORKER_CACHE_TOKENS", default_value_t = 500_000, value_name = "TOKENS")]
+    pub worker_cache_tokens: u64,
+
+    /// Most that `cache_aware` counts a token that is not cached for, in queued tokens; 10 favours throughput over
+    /// the time to the first token
+    #[arg(long, env = "VLLM_PROXY_CACHE_MISS_WEIGHT_MAX", default_value_t = 5.0, value_name = "NUMBER")]
+    pub cache_miss_weight_max: f64,
 
     /// Policies of single models, as model=policy; models have nothing to do with each other's
     #[arg(long, env = "VLLM_PROXY_MODEL_POLICY", num_args = 1.., value_delimiter = ',', value_name = "MODEL=POLICY")]

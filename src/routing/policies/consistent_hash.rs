@@ -278,7 +278,7 @@ mod tests {
     fn prompts_that_begin_alike_go_together_and_a_session_outranks_them() {
         let mut bed = Bed::new("consistent_hash", fleet(8));
         let mut home = |session, chunks: &[u64]| {
-            bed.prompt = Prompt::new(chunks.to_vec(), 0);
+            bed.prompt = Prompt::new(chunks.to_vec(), 0, 0);
             bed.choose_for(session)
         };
         let alike = home(None, &[1, 2, 3]);

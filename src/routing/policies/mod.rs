@@ -1,5 +1,6 @@
 //! The policies: a file each, and a row of [`POLICIES`].
 
+mod cache_aware;
 mod capacity;
 mod chance;
 mod consistent_hash;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    routing::{Candidates, Prompt, Settings},
+    routing::{CacheSizes, Candidates, PrefixIndex, Prompt, Settings, TokenRates},
     vllm::Usage,
     workers::{Demand, Worker},
 };
@@ -47,6 +48,15 @@ impl Selection {
     }
 }
 
+/// What a candidate was worth in a choice; the least is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Position in [`crate::workers::Fleet::workers`].
+    pub position: usize,
+    /// In a unit of the policy's own.
+    pub cost: f64,
+}
+
 /// What became of a request, told to the policy that chose its worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome<'a> {
@@ -71,6 +81,11 @@ pub trait Policy {
     fn ended(&mut self, outcome: &Outcome<'_>) {
         let _ = outcome;
     }
+
+    /// What the candidates of the last choice were worth, for the log; empty where a policy does not weigh them.
+    fn scores(&self) -> &[Score] {
+        &[]
+    }
 }
 
 /// What a policy has to know of a request.
@@ -87,6 +102,26 @@ pub struct Needs {
 pub struct Shared {
     /// What the operator set.
     pub settings: Arc<Settings>,
+    /// Which prompts workers hold in their prefix caches.
+    pub index: Arc<PrefixIndex>,
+    /// How much of prompts workers hold.
+    pub sizes: Arc<CacheSizes>,
+    /// How many bytes a token has.
+    pub rates: Arc<TokenRates>,
+}
+
+impl Shared {
+    /// For shards that serve before `workers` workers.
+    pub fn new(settings: Settings, workers: usize) -> Self {
+        let wanted = settings.needs().prompt;
+        let bytes = if wanted { settings.prefix_index_bytes } else { 0 };
+        Self {
+            index: Arc::new(PrefixIndex::new(usize::try_from(bytes).unwrap_or(usize::MAX), workers)),
+            sizes: Arc::new(CacheSizes::new(settings.worker_cache_tokens, workers)),
+            rates: Arc::new(TokenRates::default()),
+            settings: Arc::new(settings),
+        }
+    }
 }
 
 /// A row of the table of policies.
@@ -111,6 +146,7 @@ impl std::fmt::Debug for Definition {
 
 /// Every policy there is.
 pub static POLICIES: &[Definition] = &[
+    cache_aware::DEFINITION,
     least_requests::DEFINITION,
     round_robin::DEFINITION,
     random::DEFINITION,

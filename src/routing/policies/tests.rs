@@ -61,7 +61,7 @@ impl Bed {
 
     pub(in crate::routing) fn with_flags(name: &str, fleet: Arc<Fleet>, flags: &[&str]) -> Self {
         let row = POLICIES.iter().find(|row| row.name == name).expect("a policy");
-        let policy = (row.build)(&Shared { settings: Arc::new(Settings::of_flags(flags)) });
+        let policy = (row.build)(&Shared::new(Settings::of_flags(flags), 64));
         Self { policy, fleet, serving: Vec::new(), random: 0, prompt: Prompt::default() }
     }
 

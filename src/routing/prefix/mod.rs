@@ -8,9 +8,10 @@ mod media;
 mod prompt;
 mod rates;
 mod seat;
+mod sizes;
 mod zeroed;
 
 pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
-
+pub use sizes::CacheSizes;

@@ -139,6 +139,16 @@ impl Prompt {
         scale(self.tokens, bytes, self.bytes).min(self.tokens)
     }
 
+    /// The most chunks that have no more than `tokens` tokens.
+    pub fn depth_of(&self, tokens: u64) -> usize {
+        let (mut least, mut most) = (0, self.chunks.len());
+        while least < most {
+            let middle = least + (most - least).div_ceil(2);
+            if self.tokens_of(middle) <= tokens { least = middle } else { most = middle - 1 }
+        }
+        least
+    }
+
     /// Chunks that a cache of `tokens` tokens holds, if all of them are as dense as this prompt's.
     pub fn chunks_per(&self, tokens: u64) -> u64 {
         if self.tokens == 0 || self.bytes == 0 {
