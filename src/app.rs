@@ -96,7 +96,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     .context("cannot start the control thread")?;
     control.wait_ready();
 
-    let routing = routing::Shared { settings: Arc::new(config.routing.clone()) };
+    let routing = routing::Shared::new(config.routing.clone(), fleet.load().workers.len());
     let orders = Arc::new(Orders::default());
     let clock = Clock::start();
     let (end, ended) = mpsc::channel();

@@ -38,6 +38,8 @@ mod own_answers;
 mod panics;
 /// Workers by name, by IPv6, below a path.
 mod places;
+/// Who gets a request: distribution, stickiness, spill, loss, policy by policy.
+mod policies;
 /// Any split of the bytes parses alike.
 mod properties;
 /// README and `--help` say what the code says.

@@ -23,7 +23,7 @@ mod golden;
 
 pub use aggregate::{Aggregate, Combine, aggregate};
 pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup};
-pub use facts::{Facts, Key, ModelFact, Ranges, scan_json};
+pub use facts::{Facts, Key, ModelFact, Ranges, json_field, scan_json};
 pub use models::{ModelCard, lowest_version, merge_models, parse_models};
 pub use multipart::{ModelField, MultipartFact, boundary, query_model};
 pub use usage::{Usage, usage_of_events, usage_of_tail};
