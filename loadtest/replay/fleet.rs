@@ -57,7 +57,7 @@ impl<'a> Driven<'a> {
     ) -> anyhow::Result<Self> {
         let flags = ["--policy", row.name].into_iter().map(str::to_owned).chain(flags.iter().cloned());
         let settings = Config::from_flags(flags).context("the flags for the proxy")?.routing;
-        let shared = Shared { settings: Arc::new(settings) };
+        let shared = Shared::new(settings, workers);
         let urls: Result<Vec<_>, _> = (0..workers).map(|at| format!("http://w{at}:1").parse()).collect();
         let fleet = Registry::new(urls?, ModelSettings::default()).handle().load_full();
         let stats = stats(told, None);

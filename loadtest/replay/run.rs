@@ -79,7 +79,7 @@ pub(crate) fn run(terms: &Terms<'_>, chooser: &mut dyn Chooser) -> Measures {
     let mut run = Run::new(terms);
     let duration = terms.workload.duration_s() / terms.speed;
     let limit = duration + DRAIN_S + DRAIN_SHARE * duration;
-    let ended = run.to_the_end(chooser, if terms.only_drain { limit } else { f64::INFINITY });
+    let ended = run.play(chooser, if terms.only_drain { limit } else { f64::INFINITY });
     if run.left > 0 {
         return Measures::default();
     }
@@ -119,7 +119,7 @@ impl<'a, 'b> Run<'a, 'b> {
 
     /// Handles one event after the other until all requests have ended or `limit` has passed; returns the time of
     /// the last one.
-    fn to_the_end(&mut self, chooser: &mut dyn Chooser, limit: f64) -> f64 {
+    fn play(&mut self, chooser: &mut dyn Chooser, limit: f64) -> f64 {
         let mut events = Vec::new();
         let mut now = 0.0;
         while self.left > 0 {

@@ -10,7 +10,9 @@ use vllm_proxy::routing::Prompt;
 
 use crate::chance::{Chance, Zipf, hash};
 
-/// Tokens of a chunk of the proxy's prefix index: 512 bytes at 4 bytes a token.
+/// Bytes of a token's text.
+const TOKEN_BYTES: u64 = 4;
+/// Tokens of a chunk of the proxy's prefix index, which has 512 bytes.
 const CHUNK_TOKENS: u32 = 128;
 /// Tokens of a block of the Mooncake traces.
 const TRACE_BLOCK_TOKENS: u32 = 512;
@@ -130,7 +132,8 @@ fn index(blocks: &[u32], block_tokens: u32, tokens: u32) -> Prompt {
     let per_block = u64::from(block_tokens / CHUNK_TOKENS);
     let chunks =
         blocks.iter().flat_map(|id| (0..per_block).map(move |part| hash(u64::from(*id) * 4 + part + 1)));
-    Prompt::new(chunks.take(tokens.div_ceil(CHUNK_TOKENS) as usize).collect(), u64::from(tokens))
+    let chunks = chunks.take(tokens.div_ceil(CHUNK_TOKENS) as usize).collect();
+    Prompt::new(chunks, u64::from(tokens) * TOKEN_BYTES, u64::from(tokens))
 }
 
 /// Reads a trace of Mooncake's form: a line of JSON per request with `timestamp` (ms), `input_length`,
