@@ -92,20 +92,48 @@ fn least(costs: impl Iterator<Item = f64>, chance: &mut Chance) -> usize {
     chosen
 }
 
+/// How the reference keeps its picture of what a worker's cache holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mirror {
+    /// A prompt is used when it is sent.
+    Sent,
+    /// As in the worker: a prompt is in use until its request ends, so that it cannot be evicted, and is freed then,
+    /// with what was generated.
+    Pinned,
+}
+
 /// The algorithm that `cache_aware` is meant to be, in its plainest form: an exact LRU of each worker's prompts
 /// as the mirror of its cache. What the policy is measured by when its index is in doubt.
 #[derive(Debug)]
 pub(crate) struct Reference<'a> {
     workload: &'a Workload,
+    mirror: Mirror,
     /// Highest weight of a miss.
     miss_weight_max: f64,
-    mirrors: Vec<BlockCache>,
-    queued: Vec<u64>,
-    in_flight: Vec<u32>,
-    decoding: Vec<u64>,
-    /// Worker and uncached tokens by request.
-    running: Vec<(usize, u32)>,
+    workers: Vec<Believed>,
+    /// By request, of those that run.
+    running: Vec<Option<Sent>>,
     chance: Chance,
+}
+
+/// What the reference believes of a worker.
+#[derive(Debug)]
+struct Believed {
+    cache: BlockCache,
+    /// Uncached tokens of prompts without a first token.
+    queued: u64,
+    in_flight: u32,
+    /// Tokens of prompts in decode.
+    decoding: u64,
+}
+
+/// A request on its way.
+#[derive(Debug)]
+struct Sent {
+    worker: usize,
+    uncached: u32,
+    /// Its blocks in the mirror, if they are pinned.
+    nodes: Vec<u32>,
 }
 
 impl<'a> Reference<'a> {
@@ -114,73 +142,88 @@ impl<'a> Reference<'a> {
         workers: usize,
         cache_tokens: u64,
         miss_weight_max: f64,
+        mirror: Mirror,
         chance: Chance,
     ) -> Self {
+        let believed =
+            |_| Believed { cache: BlockCache::new(cache_tokens), queued: 0, in_flight: 0, decoding: 0 };
         Self {
             workload,
+            mirror,
             miss_weight_max,
-            mirrors: (0..workers).map(|_| BlockCache::new(cache_tokens)).collect(),
-            queued: vec![0; workers],
-            in_flight: vec![0; workers],
-            decoding: vec![0; workers],
-            running: vec![(0, 0); workload.requests.len()],
+            workers: (0..workers).map(believed).collect(),
+            running: workload.requests.iter().map(|_| None).collect(),
             chance,
         }
     }
 
-    fn missing(&self, worker: usize, data: &Request) -> u32 {
-        let found = self.mirrors[worker].matching(&data.blocks) as u32 * self.workload.block_tokens;
+    fn uncached(&self, worker: &Believed, data: &Request) -> u32 {
+        let found = worker.cache.matching(&data.blocks) as u32 * self.workload.block_tokens;
         data.prompt - found.min(data.prompt)
     }
 
-    fn touch(&mut self, worker: usize, data: &Request) {
-        let (mirror, size) = (&mut self.mirrors[worker], self.workload.block_tokens);
-        let matching = mirror.matching(&data.blocks);
+    /// Puts a prompt into the mirror; returns the blocks that stay pinned.
+    fn send(&mut self, worker: usize, data: &Request) -> Vec<u32> {
+        let (cache, size) = (&mut self.workers[worker].cache, self.workload.block_tokens);
+        let matching = cache.matching(&data.blocks);
         let held = (matching as u32 * size).min(data.prompt);
-        let Some(mut nodes) = mirror.admit(&data.blocks[..matching], u64::from(data.prompt - held)) else {
-            return;
+        // what waits there can be more than the worker holds
+        let Some(mut nodes) = cache.admit(&data.blocks[..matching], u64::from(data.prompt - held)) else {
+            return Vec::new();
         };
         for (at, id) in data.blocks.iter().enumerate().skip(matching) {
-            nodes.push(mirror.fill(*id, size.min(data.prompt - at as u32 * size)));
+            nodes.push(cache.fill(*id, size.min(data.prompt - at as u32 * size)));
         }
-        mirror.release(&nodes, 0);
+        if self.mirror == Mirror::Sent {
+            cache.release(&std::mem::take(&mut nodes), 0);
+        }
+        nodes
     }
 }
 
 impl Chooser for Reference<'_> {
     fn choose(&mut self, _now: f64, request: u32, engines: &[Engine<'_>]) -> usize {
         let data = &self.workload.requests[request as usize];
-        let workers = engines.len();
-        let backlog = self.queued.iter().sum::<u64>() as f64 / workers as f64;
-        let weight = (1.5 + backlog / 4096.0).min(self.miss_weight_max);
-        let missing: Vec<u32> = (0..workers).map(|worker| self.missing(worker, data)).collect();
-        let costs = (0..workers).map(|worker| {
-            self.queued[worker] as f64
-                + weight * f64::from(missing[worker])
-                + 200.0 * f64::from(self.in_flight[worker])
-                + 0.02 * self.decoding[worker] as f64
+        debug_assert_eq!(engines.len(), self.workers.len());
+        let backlog = self.workers.iter().map(|worker| worker.queued).sum::<u64>() as f64;
+        let weight = (1.5 + backlog / self.workers.len() as f64 / 4096.0).min(self.miss_weight_max);
+        let costs = self.workers.iter().map(|worker| {
+            worker.queued as f64
+                + weight * f64::from(self.uncached(worker, data))
+                + 200.0 * f64::from(worker.in_flight)
+                + 0.02 * worker.decoding as f64
         });
-        let chosen = least(costs, &mut self.chance);
-        self.queued[chosen] += u64::from(missing[chosen]);
-        self.in_flight[chosen] += 1;
-        self.running[request as usize] = (chosen, missing[chosen]);
-        self.touch(chosen, data);
+        let mut chance = self.chance.clone();
+        let chosen = least(costs, &mut chance);
+        self.chance = chance;
+        let uncached = self.uncached(&self.workers[chosen], data);
+        let nodes = self.send(chosen, data);
+        self.workers[chosen].queued += u64::from(uncached);
+        self.workers[chosen].in_flight += 1;
+        self.running[request as usize] = Some(Sent { worker: chosen, uncached, nodes });
         chosen
     }
 
     fn first_token(&mut self, request: u32) {
-        let (worker, missing) = self.running[request as usize];
-        self.queued[worker] -= u64::from(missing);
-        self.decoding[worker] += u64::from(self.workload.requests[request as usize].prompt);
+        if let Some(sent) = &self.running[request as usize] {
+            let worker = &mut self.workers[sent.worker];
+            worker.queued -= u64::from(sent.uncached);
+            worker.decoding += u64::from(self.workload.requests[request as usize].prompt);
+        }
     }
 
     fn ended(&mut self, request: u32, _cached: u32) {
-        let (worker, _) = self.running[request as usize];
-        self.in_flight[worker] -= 1;
-        self.decoding[worker] -= u64::from(self.workload.requests[request as usize].prompt);
+        let Some(sent) = self.running[request as usize].take() else { return };
+        let (worker, data) = (&mut self.workers[sent.worker], &self.workload.requests[request as usize]);
+        worker.in_flight -= 1;
+        worker.decoding -= u64::from(data.prompt);
+        if self.mirror == Mirror::Pinned {
+            let generated = worker.cache.admit(&[], u64::from(data.output)).map_or(0, |_| data.output);
+            worker.cache.release(&sent.nodes, generated);
+        }
     }
 
     fn cache_lost(&mut self, worker: usize) {
-        self.mirrors[worker].flush();
+        self.workers[worker].cache.flush();
     }
 }

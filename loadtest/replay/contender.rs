@@ -4,7 +4,7 @@ use vllm_proxy::routing::{Definition, POLICIES};
 
 use crate::{
     chance::Chance,
-    chooser::{Chooser, InTurn, Oracle, Random, Reference},
+    chooser::{Chooser, InTurn, Mirror, Oracle, Random, Reference},
     fleet::{Driven, Told},
     workload::Workload,
 };
@@ -24,7 +24,7 @@ pub(crate) enum Contender {
     /// All-knowing, with this weight of a request's own prefill.
     Oracle(f64),
     /// `cache_aware` in its plainest form.
-    Reference,
+    Reference(Mirror),
     /// Stand-ins for what the crate does not offer.
     Random,
     InTurn,
@@ -37,7 +37,8 @@ impl Contender {
             return Some(Self::Policy(row));
         }
         match name {
-            "reference" => Some(Self::Reference),
+            "reference" => Some(Self::Reference(Mirror::Sent)),
+            "reference_pinned" => Some(Self::Reference(Mirror::Pinned)),
             "random" => Some(Self::Random),
             "round_robin" => Some(Self::InTurn),
             _ => name.strip_prefix("oracle_")?.parse().ok().map(Self::Oracle),
@@ -50,7 +51,7 @@ impl Contender {
         let missing =
             ["random", "round_robin"].into_iter().filter(|name| POLICIES.iter().all(|row| row.name != *name));
         let mut all: Vec<Self> = missing.filter_map(Self::named).chain(policies).collect();
-        all.push(Self::Reference);
+        all.extend([Mirror::Sent, Mirror::Pinned].map(Self::Reference));
         all.extend(ORACLES.map(Self::Oracle));
         all
     }
@@ -60,7 +61,8 @@ impl Contender {
         match self {
             Self::Policy(row) => row.name.to_owned(),
             Self::Oracle(weight) => format!("oracle_{weight}"),
-            Self::Reference => "reference".to_owned(),
+            Self::Reference(Mirror::Sent) => "reference".to_owned(),
+            Self::Reference(Mirror::Pinned) => "reference_pinned".to_owned(),
             Self::Random => "random".to_owned(),
             Self::InTurn => "round_robin".to_owned(),
         }
@@ -81,7 +83,7 @@ impl Contender {
     pub(crate) fn learns(&self) -> bool {
         match self {
             Self::Policy(row) => row.needs.prompt,
-            Self::Reference => true,
+            Self::Reference(_) => true,
             _ => false,
         }
     }
@@ -102,9 +104,14 @@ impl Contender {
         Ok(match self {
             Self::Policy(row) => Box::new(Driven::new(row, flags, workload, workers, told, chance)?),
             Self::Oracle(weight) => Box::new(Oracle { weight: *weight, chance }),
-            Self::Reference => {
-                Box::new(Reference::new(workload, workers, told.cache_tokens, MISS_WEIGHT_MAX, chance))
-            }
+            Self::Reference(mirror) => Box::new(Reference::new(
+                workload,
+                workers,
+                told.cache_tokens,
+                MISS_WEIGHT_MAX,
+                *mirror,
+                chance,
+            )),
             Self::Random => Box::new(Random(chance)),
             Self::InTurn => Box::new(InTurn::default()),
         })
