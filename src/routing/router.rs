@@ -15,11 +15,13 @@ pub struct Router {
 struct Chooser {
     policy: Box<dyn Policy>,
     name: PolicyName,
+    /// In [`POLICIES`](super::POLICIES).
+    position: usize,
 }
 
 impl Chooser {
     fn new(name: PolicyName, shared: &Shared) -> Self {
-        Self { policy: (name.0.build)(shared), name }
+        Self { policy: (name.0.build)(shared), name, position: name.position() }
     }
 }
 
@@ -58,7 +60,7 @@ impl Router {
     ) -> Option<(Selection, usize)> {
         let chooser = self.of(model);
         let selection = chooser.policy.choose(input, candidates)?;
-        Some((selection, chooser.name.position()))
+        Some((selection, chooser.position))
     }
 
     /// Tells the policy of `model` what became of its choice.
