@@ -116,9 +116,36 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("--model-refresh-secs", "NaN", "a number of seconds from 0.01 to 31536000"),
         ("--dns-refresh-secs", "inf", "a number of seconds from 0.01 to 31536000"),
         ("--default-model", "", "the name of a model, not empty and not an alias"),
+        ("--policy", "kvaware", "least_requests, round_robin, "),
+        ("--model-policy", "a=kv-aware", "model=policy, "),
+        ("--model-policy", "=random", "model=policy, "),
+        ("--hash-load-factor", "0.9", "0, or a number from 1 to 1000"),
+        ("--hash-load-factor", "NaN", "0, or a number from 1 to 1000"),
+        ("--capacity-running-weight", "-1", "a number from 0 to 1000"),
+        ("--capacity-waiting-weight", "inf", "a number from 0 to 1000"),
     ] {
         let line = refused(&[], &["demo", flag, value]);
         assert!(line.starts_with(&format!("{flag}={value}: must be {allowed}")), "{line}");
+    }
+}
+
+#[test]
+fn a_model_has_one_policy_under_its_own_name() {
+    let reason = "must be model=policy, or several of them separated by commas, each model once";
+    let line = refused(&[], &["demo", "--model-policy=a=random,b=random,a=session"]);
+    assert!(line.starts_with(&format!("--model-policy=a=consistent_hash: {reason}")), "{line}");
+    let line = refused(&[], &["demo", "--static-aliases=x:m", "--model-policy=x=random"]);
+    assert!(line.starts_with(&format!("--model-policy=x=random: {reason}")), "{line}");
+    let (value, _) =
+        setting(&[], &["--static-aliases=x:m", "--model-policy", "m=random", "n=p2c"], "model-policy");
+    assert_eq!(value, "m=random,n=p2c");
+}
+
+#[test]
+fn names_that_other_routers_have_for_a_flag_are_read() {
+    assert_eq!(setting(&[], &["--routing-logic", "roundrobin"], "policy").0, "roundrobin");
+    for flag in ["--session-key", "--routing-key-headers"] {
+        assert_eq!(setting(&[], &[flag, "x-flow"], "session-headers").0, "x-flow");
     }
 }
 
@@ -128,6 +155,9 @@ fn limits_themselves_are_allowed() {
         ["--threads", "1024"],
         ["--shutdown-grace-secs", "0"],
         ["--pool-size", "0"],
+        ["--hash-load-factor", "0"],
+        ["--hash-load-factor", "1"],
+        ["--capacity-waiting-weight", "0"],
         ["--health-check-interval-secs", "0.01"],
         ["--max-body-bytes", "9223372036854775807"],
         ["--write-timeout-secs", "31536000"],

@@ -9,7 +9,6 @@ use std::{
 use thiserror::Error;
 
 use super::Config;
-use crate::routing::ModelPolicy;
 
 /// A year. Longer times have no use, and sums with them must not overflow.
 const MAX_SECONDS: u64 = 31_536_000;
@@ -152,9 +151,10 @@ fn default_model(config: &Config) -> Result<(), String> {
 
 /// The proxy asks by the model's own name, so an alias would never be found.
 fn model_policy(config: &Config) -> Result<(), String> {
-    let twice = config.routing.twice();
-    let is_alias = |of: &&ModelPolicy| config.static_aliases.iter().any(|(alias, _)| *alias == of.model);
-    match twice.or_else(|| config.routing.model_policy.iter().find(is_alias)) {
+    let settings = &config.routing;
+    let mut own = settings.model_policy.iter();
+    let alias = own.find(|of| config.static_aliases.iter().any(|(alias, _)| *alias == of.model));
+    match settings.twice().or(alias) {
         Some(of) => Err(format!("{}={}", of.model, of.policy)),
         None => Ok(()),
     }
