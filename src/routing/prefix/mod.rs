@@ -14,3 +14,5 @@ pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
 
+#[cfg(test)]
+mod tests;
