@@ -68,6 +68,7 @@ struct Place {
     lines: [usize; 2],
     /// Tag and group.
     key: u64,
+    chunk: u64,
 }
 
 impl PrefixIndex {
@@ -196,6 +197,13 @@ impl PrefixIndex {
         self.seats.live(seat)
     }
 
+    /// Every word of the table.
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> impl Iterator<Item = u64> {
+        let table = &self.words[self.offset..self.offset + self.pairs * PAIR];
+        table.iter().map(|word| word.load(Relaxed))
+    }
+
     /// Puts a chunk, or renews it unless it is not older than `recent` ticks. True if it was written.
     fn put(&self, chunk: u64, seat: usize, recent: u32, pass: &mut Pass<'_>) -> bool {
         let place = self.place(chunk, seat / GROUP);
@@ -240,7 +248,9 @@ impl PrefixIndex {
             if entry == 0 || !self.seats.holds(seat_of(entry), tick(entry)) {
                 return (word, entry);
             }
-            let age = Some(self.seats.age(seat_of(entry), tick(entry)));
+            // of those that are equally old any, not always the first: that may be the newest
+            let age = self.seats.age(seat_of(entry), tick(entry));
+            let age = Some((age, (entry ^ place.chunk).wrapping_mul(SPREAD)));
             if age > oldest.2 {
                 oldest = (word, entry, age);
             }
@@ -254,7 +264,7 @@ impl PrefixIndex {
         let pair = ((u128::from(spread) * self.pairs as u128) >> 64) as usize;
         let first = 2 * pair + (chunk >> TAG_BITS & 1) as usize;
         let tag = (chunk & ((1 << TAG_BITS) - 1)).max(1);
-        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64 }
+        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64, chunk }
     }
 
     fn line(&self, line: usize) -> &[AtomicU64] {

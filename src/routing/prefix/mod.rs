@@ -15,3 +15,6 @@ pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
 pub use sizes::CacheSizes;
+
+#[cfg(test)]
+mod tests;

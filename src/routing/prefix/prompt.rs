@@ -102,7 +102,7 @@ impl Prompt {
         let rate = if bytes_per_token > 0.0 { bytes_per_token } else { rates::DEFAULT };
         self.bytes = bytes;
         // saturates, also where the rate is infinite
-        self.tokens = exact + (rated as f64 / rate).ceil() as u64;
+        self.tokens = exact.saturating_add((rated as f64 / rate).ceil() as u64);
         self.rated_bytes = Some(rated).filter(|_| exact == 0 && !media && rated > 0);
     }
 
