@@ -25,6 +25,7 @@ use crate::{
         retry::{Failure, Verdict},
     },
     upstream::Connection,
+    vllm,
     workers::{Demand, InFlight, Worker},
 };
 
@@ -140,7 +141,9 @@ async fn run(
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();
-    request.write_upstream(head, &UpstreamHead { prefix, framing, extra: &[] });
+    let rank = worker.rank().map(|rank| [(vllm::RANK_FIELD, rank)]);
+    let extra = rank.as_ref().map_or(&[][..], |field| field);
+    request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
     let mut sending = pin!(maybe_done(body::send(cx, inbox, writer, head, body, chunked)));
 
