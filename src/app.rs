@@ -78,8 +78,9 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(count, vllm::endpoints::TABLE.iter().map(|row| row.label)));
     metrics.set_io_backend(driver.backend());
     metrics.set_dropped_lines(telemetry::log::dropped);
-    let used = config.routing.policy.0.name;
-    metrics.set_policies(routing::POLICIES.iter().map(|row| (row.name, row.name == used)));
+    let in_use =
+        |row: &routing::Definition| config.routing.policies().any(|policy| policy.0.name == row.name);
+    metrics.set_policies(routing::POLICIES.iter().map(|row| (row.name, in_use(row))));
     let models =
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
     let registry = Registry::new(config.workers(), models);
@@ -98,7 +99,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     .context("cannot start the control thread")?;
     control.wait_ready();
 
-    let routing = routing::Shared { settings: Arc::new(config.routing.clone()) };
+    let routing = routing::Shared::new(config.routing.clone(), fleet.load().workers.len());
     let orders = Arc::new(Orders::default());
     let clock = Clock::start();
     let (end, ended) = mpsc::channel();

@@ -38,6 +38,8 @@ mod own_answers;
 mod panics;
 /// Workers by name, by IPv6, below a path.
 mod places;
+/// Who gets a request: distribution, stickiness, spill, loss, policy by policy.
+mod policies;
 /// Any split of the bytes parses alike.
 mod properties;
 /// Data-parallel ranks of a server, and what workers and operators say of workers.

@@ -6,7 +6,7 @@ variants! {
     fn requests_in_flight_spread_over_the_workers(v: Variant) {
         let gate = Gate::new();
         let workers: Vec<_> = (0..3).map(|_| worker().holds(&gate).start()).collect();
-        let proxy = workers.iter().fold(proxy(v), |proxy, worker| proxy.worker(worker)).start();
+        let proxy = workers.iter().fold(proxy(v).arg("--policy", "least_requests"), |proxy, worker| proxy.worker(worker)).start();
         let mut clients: Vec<_> = (0..9).map(|_| proxy.client()).collect();
         for (count, client) in clients.iter_mut().enumerate() {
             client.send(client::post("/v1/chat/completions", client::chat("m")));
@@ -22,7 +22,7 @@ variants! {
     fn a_busy_worker_is_left_alone(v: Variant) {
         let gate = Gate::new();
         let (busy, free) = (worker().model("m").model("own").holds(&gate).start(), worker().model("m").start());
-        let proxy = proxy(v).worker(&busy).worker(&free).start();
+        let proxy = proxy(v).arg("--policy", "least_requests").worker(&busy).worker(&free).start();
         let mut waiting: Vec<_> = (0..3).map(|_| proxy.client()).collect();
         for client in &mut waiting {
             client.send(client::post("/v1/chat/completions", client::chat("own")));
@@ -38,7 +38,7 @@ variants! {
 
     fn ties_spread_evenly(v: Variant) {
         let workers: Vec<_> = (0..3).map(|_| worker().start()).collect();
-        let proxy = workers.iter().fold(proxy(v), |proxy, worker| proxy.worker(worker)).start();
+        let proxy = workers.iter().fold(proxy(v).arg("--policy", "least_requests"), |proxy, worker| proxy.worker(worker)).start();
         let mut client = proxy.client();
         for _ in 0..30 {
             client.chat("m").expect(200);
@@ -50,7 +50,7 @@ variants! {
     fn an_aborted_request_is_not_in_flight_any_more(v: Variant) {
         let gate = Gate::new();
         let workers = [worker().holds(&gate).start(), worker().holds(&gate).start()];
-        let proxy = proxy(v).worker(&workers[0]).worker(&workers[1]).start();
+        let proxy = proxy(v).arg("--policy", "least_requests").worker(&workers[0]).worker(&workers[1]).start();
         for round in 1..=3 {
             let mut gone: Vec<_> = (0..4).map(|_| proxy.client()).collect();
             for client in &mut gone {

@@ -9,6 +9,7 @@ use std::{
 use thiserror::Error;
 
 use super::Config;
+use crate::routing::ModelPolicy;
 
 /// A year. Longer times have no use, and sums with them must not overflow.
 const MAX_SECONDS: u64 = 31_536_000;
@@ -29,6 +30,8 @@ const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
 const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
 const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
 const INTERVAL_OR_ZERO: &str = "0, or a number of seconds from 0.01 to 31536000";
+const POLICY: &str =
+    "cache_aware, least_requests, round_robin, random, power_of_two, capacity, consistent_hash";
 const SWITCH: &str = "true or false";
 
 /// What is allowed for one setting.
@@ -68,10 +71,20 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "io", allowed: "auto, uring or epoll", check: |_| Ok(()) },
     Rule { id: "shutdown_grace_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.shards.shutdown_grace_secs, 0..=MAX_SECONDS) },
 
-    Rule { id: "policy", allowed: "least_requests", check: |_| Ok(()) },
+    Rule { id: "policy", allowed: POLICY, check: |_| Ok(()) },
+    Rule { id: "model_policy", allowed: "model=policy, or several of them separated by commas, each model once and by its own name, not by an alias", check: model_policy },
+    Rule { id: "session_headers", allowed: "the name of a header, or several of them separated by commas", check: |_| Ok(()) },
+    Rule { id: "hash_load_factor", allowed: "0, or a number from 1 to 1000", check: |c| hash_load_factor(c.routing.hash_load_factor) },
+    Rule { id: "capacity_running_weight", allowed: "a number from 0 to 1000", check: |c| within(c.routing.capacity_running_weight, 0.0..=1000.0) },
+    Rule { id: "capacity_waiting_weight", allowed: "a number from 0 to 1000", check: |c| within(c.routing.capacity_waiting_weight, 0.0..=1000.0) },
+    Rule { id: "prefix_index_bytes", allowed: "a whole number of bytes from 0 to 2^40", check: |c| within(c.routing.prefix_index_bytes, 0..=1 << 40) },
+    Rule { id: "worker_cache_tokens", allowed: "a whole number from 0 to 2^40", check: |c| within(c.routing.worker_cache_tokens, 0..=1 << 40) },
+    Rule { id: "cache_miss_weight_max", allowed: "a number from 1 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.0..=100.0) },
 
     Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
     Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },
+    Rule { id: "prompt_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.prompt_peek_bytes, 0..=c.proxy.max_body_bytes) },
+    Rule { id: "worker_header", allowed: SWITCH, check: |_| Ok(()) },
     Rule { id: "head_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.head_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "body_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.body_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "keepalive_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.keepalive_timeout_secs, 1..=MAX_SECONDS) },
@@ -155,6 +168,21 @@ fn default_model(config: &Config) -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// The proxy asks by the model's own name, so an alias would never be found.
+fn model_policy(config: &Config) -> Result<(), String> {
+    let twice = config.routing.twice();
+    let is_alias = |of: &&ModelPolicy| config.static_aliases.iter().any(|(alias, _)| *alias == of.model);
+    match twice.or_else(|| config.routing.model_policy.iter().find(is_alias)) {
+        Some(of) => Err(format!("{}={}", of.model, of.policy)),
+        None => Ok(()),
+    }
+}
+
+/// Below 1 everybody would be walked past.
+fn hash_load_factor(factor: f64) -> Result<(), String> {
+    if factor == 0.0 { Ok(()) } else { within(factor, 1.0..=1000.0) }
 }
 
 /// It becomes a header's value.

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use crate::proxy::context::Context;
+use crate::{proxy::context::Context, vllm::Usage};
 
 /// The status of an exchange whose client went away before it had one (nginx's).
 const CLIENT_GONE: u16 = 499;
@@ -15,6 +15,7 @@ pub(super) struct Account<'a> {
     ttfb_micros: Cell<Option<u64>>,
     status: Cell<u16>,
     complete: Cell<bool>,
+    usage: Cell<Option<Usage>>,
 }
 
 impl<'a> Account<'a> {
@@ -28,6 +29,7 @@ impl<'a> Account<'a> {
             ttfb_micros: Cell::new(None),
             status: Cell::new(CLIENT_GONE),
             complete: Cell::new(false),
+            usage: Cell::new(None),
         }
     }
 
@@ -38,6 +40,16 @@ impl<'a> Account<'a> {
             self.ttfb_micros.set(Some(now.saturating_sub(self.began_micros)));
         }
         self.status.set(status);
+    }
+
+    /// The answer says how many tokens it took; the last word counts.
+    pub(super) fn used(&self, usage: Usage) {
+        self.usage.set(Some(usage));
+    }
+
+    /// What the answer says of its tokens.
+    pub(super) fn usage(&self) -> Option<Usage> {
+        self.usage.get()
     }
 
     /// The answer has been sent to its end.

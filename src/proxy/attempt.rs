@@ -21,6 +21,7 @@ use crate::{
         client::{After, Client, Outlet, grow},
         context::{Context, LARGE_BYTES},
         inbox::Inbox,
+        listener::Listener,
         relay::{Plan, Relayed, relay},
         retry::{Failure, Verdict},
     },
@@ -28,6 +29,9 @@ use crate::{
     vllm,
     workers::{Demand, InFlight, Worker},
 };
+
+/// The field that names the worker in an answer, where that is asked for.
+const WORKER_FIELD: &str = "x-vllm-proxy-worker";
 
 /// Interim answers (1xx) before the final one at most (`faults.md` §2.3).
 const MAX_INTERIM: usize = 8;
@@ -65,6 +69,10 @@ pub(super) struct Manner {
     pub(super) fresh: bool,
     /// Whether there are workers of another kind, which may have the path if this one does not.
     pub(super) other_kinds: bool,
+    /// What the request is expected to ask of the worker.
+    pub(super) demand: Demand,
+    /// Whether what the answer says of its tokens is of use.
+    pub(super) listens: bool,
 }
 
 /// Sends the request to `worker` and its answer to the client.
@@ -79,14 +87,14 @@ pub(super) async fn attempt(
     manner: Manner,
 ) -> Attempted {
     let cx = client.cx;
-    let _in_flight = InFlight::begin(worker.clone(), Demand::default());
+    let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
     // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
     let fresh = manner.fresh || matches!(body, Body::Streaming(_));
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, &mut connection, body, manner).await {
+    match run(client, account, worker, &mut in_flight, &mut connection, body, manner).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
                 cx.pool.put(worker, connection, cx.buffers.large());
@@ -132,6 +140,7 @@ async fn run(
     client: &mut Client<'_>,
     account: &Account<'_>,
     worker: &Worker,
+    in_flight: &mut InFlight,
     connection: &mut Connection,
     body: Body,
     manner: Manner,
@@ -184,14 +193,17 @@ async fn run(
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
-    let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra: &[] };
+    let named = [(WORKER_FIELD, worker.name())];
+    let extra = if cx.settings.worker_header { &named[..] } else { &[] };
+    let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra };
     outlet.answer.write_downstream(&mut answer_head, &downstream);
 
     let Some(step) = step else {
         return Ran::Switched { head: answer_head, buffer };
     };
     let relayed = {
-        let relaying = pin!(relay(outlet, reader, plan, &answer_head, step, buffer));
+        let listener = Listener::of(&outlet.answer, in_flight, manner.listens.then_some(account));
+        let relaying = pin!(relay(outlet, reader, plan, &answer_head, step, buffer, listener));
         alongside(sending.as_mut(), relaying).await
     };
     outlet.scratch = answer_head;

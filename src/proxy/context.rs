@@ -10,7 +10,7 @@ use crate::{
     base::{Clock, Date},
     net::{Buffer, ShardClock, Watches},
     proxy::Settings,
-    routing::{Policy, Shared},
+    routing::{Needs, Router, Shared},
     telemetry::metrics::{Metrics, ShardMetrics},
     upstream::{self, Pool},
     workers::{Fleet, FleetHandle, Worker},
@@ -46,7 +46,7 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     /// Position of this shard.
     pub shard: usize,
-    /// What the policy is built of.
+    /// What the router is built of.
     pub routing: Shared,
     /// Called with every request's target, for tests that need a fault on a shard.
     pub fault: Option<fn(&str)>,
@@ -61,7 +61,9 @@ pub struct Context {
     pub(super) buffers: Buffers,
     pub(super) admin: Arc<Worker>,
     pub(super) fault: Option<fn(&str)>,
-    pub(super) policy: RefCell<Box<dyn Policy>>,
+    pub(super) router: RefCell<Router>,
+    /// What the router has to know of a request.
+    pub(super) needs: Needs,
     /// Where candidates are kept for the length of a choice.
     pub(super) positions: RefCell<Vec<usize>>,
     metrics: Arc<Metrics>,
@@ -78,6 +80,7 @@ impl Context {
     /// The context of one shard, on that shard's thread.
     pub fn new(parts: Parts) -> Self {
         let clock = Rc::new(ShardClock::new(parts.clock));
+        let router = Router::new(&parts.routing);
         Self {
             pool: Pool::new(&parts.upstream, clock.clone()),
             watches: Watches::new(clock.clone()),
@@ -86,7 +89,8 @@ impl Context {
             buffers: Buffers::default(),
             admin: parts.admin,
             fault: parts.fault,
-            policy: RefCell::new((parts.routing.settings.policy.0.build)(&parts.routing)),
+            needs: router.needs(),
+            router: RefCell::new(router),
             positions: RefCell::default(),
             metrics: parts.metrics,
             shard: parts.shard,

@@ -13,14 +13,15 @@ use crate::{
         attempt::{Attempted, Manner, attempt},
         body::{self, Body},
         client::{After, Client},
-        inspect::{Name, inspect},
+        context::Context,
+        inspect::{Inspected, Name, inspect},
         respond::{self, Answer},
         retry::{Failure, MAX_ATTEMPTS, Verdict},
     },
-    routing::{Candidates, Prompt, RouteInput, Tried},
+    routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Tried},
     telemetry::metrics::Refusal,
-    vllm::{self, Endpoint, ModelSource, Treatment},
-    workers::{Fleet, Health, Resolved, Worker},
+    vllm::{self, Endpoint, ModelSource, Treatment, Usage},
+    workers::{Demand, Fleet, Health, Resolved, Worker},
 };
 
 /// Serves one request whose head has been read; `rest` is what came behind the head.
@@ -59,6 +60,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             return respond(client, &account, &answer).await;
         }
     };
+    let asked = Asked::of(client, endpoint, &serving, &inspected, &mut body);
     if let Serving::Workers { rename: Some(name), .. } = serving {
         inspected.rename(&mut body, name);
     }
@@ -69,14 +71,26 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let mut fresh: Option<Chosen> = None;
     loop {
         let on_fresh = fresh.is_some();
-        let manner = Manner { framing, fresh: on_fresh, other_kinds: serving.has_other_kinds() };
-        let chosen = fresh.take().or_else(|| choose(client, &fleet, &serving, &tried));
+        let chosen = fresh.take().or_else(|| choose(client, &fleet, &serving, &asked, &tried));
         let Some(chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
+        let manner = Manner {
+            framing,
+            fresh: on_fresh,
+            other_kinds: serving.has_other_kinds(),
+            demand: chosen.demand,
+            listens: asked.listens,
+        };
         match attempt(client, &account, &chosen.worker, body, manner).await {
-            Attempted::Answered(after) => return after,
+            Attempted::Answered(after) => {
+                asked.answered(cx, &chosen, account.usage());
+                return after;
+            }
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
                 judge(&chosen.worker, &failure);
+                if failure.is_unsent() {
+                    asked.unsent(cx, &chosen);
+                }
                 // 6. another attempt?
                 match (failure.verdict(), kept) {
                     (Verdict::Another(reason), Some(kept)) if tried.count() + 1 < MAX_ATTEMPTS => {
@@ -92,7 +106,8 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
                     }
                     (Verdict::OtherKind(reason), Some(kept)) => {
                         cx.metrics().retried(reason);
-                        serving = Serving::Workers { positions: fleet.others(), rename: None, others: false };
+                        let positions = fleet.others();
+                        serving = Serving::Workers { positions, model: None, rename: None, others: false };
                         body = kept;
                     }
                     _ => return refuse(client, &account, &failure).await,
@@ -109,6 +124,8 @@ enum Serving<'a> {
     /// These workers, which know the model by this name.
     Workers {
         positions: &'a [usize],
+        /// The one model that is meant, if one is.
+        model: Option<&'a str>,
         rename: Option<&'a str>,
         /// Whether the fleet's others may have the path if these do not: the request names no model.
         others: bool,
@@ -121,11 +138,70 @@ impl Serving<'_> {
     }
 }
 
+/// What the choice of a worker may depend on.
+struct Asked<'a> {
+    model: Option<&'a str>,
+    session: Option<u64>,
+    /// Empty where the policy does not look at it.
+    prompt: Prompt,
+    /// Whether what the answer says of its tokens is of use.
+    listens: bool,
+}
+
+impl<'a> Asked<'a> {
+    /// Reads what the policy needs, and nothing where it needs nothing.
+    fn of(
+        client: &Client<'_>,
+        endpoint: &Endpoint,
+        serving: &Serving<'a>,
+        inspected: &Inspected,
+        body: &mut Body,
+    ) -> Self {
+        let cx = client.cx;
+        let mut asked = Self { model: None, session: None, prompt: Prompt::default(), listens: false };
+        let Serving::Workers { model, .. } = serving else { return asked };
+        asked.model = *model;
+        let router = cx.router.borrow();
+        let length = body.len();
+        let body = inspected.facts().map(|facts| (body.arrived().filled(), facts));
+        if cx.needs.session {
+            let header = |name: &str| client.request.field(name);
+            asked.session = router.session(header, body.map(|(bytes, facts)| (bytes, &facts.prompt)));
+        }
+        if cx.needs.prompt && endpoint.prefills {
+            asked.prompt = match body {
+                Some((bytes, facts)) => router.prompt(bytes, facts, *model),
+                None => router.prompt_of_length(length.unwrap_or(0), *model),
+            };
+            asked.listens = body.is_some();
+        }
+        asked
+    }
+
+    fn answered(&self, cx: &Context, chosen: &Chosen, usage: Option<Usage>) {
+        if let Some(usage) = usage {
+            self.ended(cx, chosen, Some(usage));
+        }
+    }
+
+    fn unsent(&self, cx: &Context, chosen: &Chosen) {
+        self.ended(cx, chosen, None);
+    }
+
+    fn ended(&self, cx: &Context, chosen: &Chosen, usage: Option<Usage>) {
+        let Chosen { worker, demand, .. } = chosen;
+        let outcome = Outcome { worker, prompt: &self.prompt, demand: *demand, usage };
+        cx.router.borrow_mut().ended(self.model, &outcome);
+    }
+}
+
 /// The choice of one attempt.
 struct Chosen {
     /// In the fleet; 0 for the control thread, which is never tried twice.
     position: usize,
     worker: Arc<Worker>,
+    /// What the request is expected to ask of it.
+    demand: Demand,
 }
 
 fn ours(endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {
@@ -154,8 +230,8 @@ fn who<'a>(
         Name::Given(name) => fleet.resolve(Some(name)),
     };
     match resolved {
-        Resolved::Workers { workers, rename, .. } => {
-            Ok(Serving::Workers { positions: workers, rename, others })
+        Resolved::Workers { workers, model, rename } => {
+            Ok(Serving::Workers { positions: workers, model, rename, others })
         }
         Resolved::Unknown if endpoint.is_known() && !(by_query && *name == Name::Missing) => {
             let name = if let Name::Given(name) = name { name } else { fleet.default_name() };
@@ -164,26 +240,38 @@ fn who<'a>(
         // a WebSocket may tell its model later, and a path may not exist: a worker says so
         Resolved::Unknown => match fleet.any() {
             Resolved::Workers { workers, .. } => {
-                Ok(Serving::Workers { positions: workers, rename: None, others })
+                Ok(Serving::Workers { positions: workers, model: None, rename: None, others })
             }
-            Resolved::Unknown => Ok(Serving::Workers { positions: &[], rename: None, others }),
+            Resolved::Unknown => Ok(Serving::Workers { positions: &[], model: None, rename: None, others }),
         },
     }
 }
 
-fn choose(client: &Client<'_>, fleet: &Fleet, serving: &Serving<'_>, tried: &Tried) -> Option<Chosen> {
+fn choose(
+    client: &Client<'_>,
+    fleet: &Fleet,
+    serving: &Serving<'_>,
+    asked: &Asked<'_>,
+    tried: &Tried,
+) -> Option<Chosen> {
     let cx = client.cx;
     match serving {
-        Serving::Admin if tried.count() == 0 => Some(Chosen { position: 0, worker: cx.admin.clone() }),
+        Serving::Admin if tried.count() == 0 => {
+            Some(Chosen { position: 0, worker: cx.admin.clone(), demand: Demand::default() })
+        }
         Serving::Admin => None,
         Serving::Workers { positions, .. } => {
             let mut scratch = cx.positions.borrow_mut();
             let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
-            let prompt = Prompt::default();
-            let now = cx.clock.now();
-            let input = RouteInput { random: cx.random(), now, session: None, prompt: &prompt };
-            let position = cx.policy.borrow_mut().choose(&input, &candidates)?.position;
-            Some(Chosen { position, worker: fleet.workers[position].clone() })
+            let input = RouteInput {
+                random: cx.random(),
+                now: cx.clock.now(),
+                session: asked.session,
+                prompt: &asked.prompt,
+            };
+            let Selection { position, demand } =
+                cx.router.borrow_mut().choose(asked.model, &input, &candidates)?;
+            Some(Chosen { position, worker: fleet.workers[position].clone(), demand })
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::{
+    http::RequestFraming,
     net::Buffer,
     proxy::{
         body::{self, Body},
@@ -48,8 +49,8 @@ enum Place {
 enum Need {
     /// Nothing of the body matters.
     Nothing,
-    /// The whole body, as JSON.
-    Json,
+    /// The body as JSON: the whole of it, or up to so many bytes.
+    Json { most: Option<usize> },
     /// A form, until its field `model`.
     Form(ModelField),
 }
@@ -58,8 +59,16 @@ impl Need {
     fn of(endpoint: &Endpoint, fleet: &Fleet, client: &Client<'_>) -> Self {
         let matters = fleet.model_matters();
         let stateful = endpoint.path == RESPONSES && fleet.workers.len() > 1;
+        let needs = client.cx.needs;
         match endpoint.treatment {
-            Treatment::Route(ModelSource::Json) if matters || stateful => Self::Json,
+            Treatment::Route(ModelSource::Json) if matters || stateful => Self::Json { most: None },
+            Treatment::Route(ModelSource::Json) if needs.session || needs.prompt && endpoint.prefills => {
+                let most = client.cx.settings.prompt_peek_bytes;
+                match client.request.framing() {
+                    RequestFraming::Length(length) if length > most => Self::Nothing,
+                    _ => Self::Json { most: Some(usize::try_from(most).unwrap_or(usize::MAX)) },
+                }
+            }
             Treatment::Route(ModelSource::Multipart) if matters => {
                 let boundary = client.request.content_type().and_then(vllm::boundary);
                 boundary.map_or(Self::Nothing, |boundary| Self::Form(ModelField::new(&boundary)))
@@ -96,8 +105,12 @@ pub(super) async fn inspect(
             };
             Ok((body, nothing(name)))
         }
-        Need::Json => {
-            let mut body = body::read(client, rest, true, |_| false).await?;
+        Need::Json { most } => {
+            let enough = |so_far: &[u8]| most.is_some_and(|most| so_far.len() > most);
+            let mut body = body::read(client, rest, true, enough).await?;
+            if matches!(body, Body::Streaming(_)) {
+                return Ok((body, nothing(Name::Irrelevant)));
+            }
             let bytes = body.arrived().filled();
             let facts = vllm::scan_json(bytes);
             let name = match &facts.model {
@@ -128,6 +141,14 @@ pub(super) async fn inspect(
 }
 
 impl Inspected {
+    /// The facts of a JSON body that was read whole.
+    pub(super) fn facts(&self) -> Option<&Facts> {
+        match &self.place {
+            Place::Json(facts) => Some(facts),
+            Place::Nowhere | Place::Form(_) => None,
+        }
+    }
+
     /// Makes `name` the model that the body asks for, and changes no other byte of it.
     pub(super) fn rename(&self, body: &mut Body, name: &str) {
         match &self.place {

@@ -11,6 +11,7 @@ mod context;
 mod exchange;
 mod inbox;
 mod inspect;
+mod listener;
 mod relay;
 mod respond;
 mod retry;

@@ -5,7 +5,7 @@
 use crate::{
     http::{ChunkTracker, OutFraming, ResponseFraming, Version, chunk_head},
     net::{Buffer, ReadAhead},
-    proxy::{client::Outlet, context::HEADROOM, inbox::Gone},
+    proxy::{client::Outlet, context::HEADROOM, inbox::Gone, listener::Listener},
 };
 
 /// What is done to each part of a body.
@@ -141,8 +141,10 @@ pub(super) async fn relay(
     head: &[u8],
     mut step: Step,
     mut buffer: Buffer,
+    mut listener: Listener<'_>,
 ) -> (Relayed, Buffer) {
     let mut framer = plan.framer;
+    listener.part(buffer.filled(), step.done);
     if !buffer.prepend(head) {
         let Ok(_) = outlet.send(Buffer::from_slice(head)).await else { return (Relayed::ClientGone, buffer) };
     }
@@ -161,7 +163,10 @@ pub(super) async fn relay(
         (result, buffer) = reader.read(|| buffer).await;
         match result {
             Ok(count) if count > 0 => match framer.step(&mut buffer) {
-                Some(next) => step = next,
+                Some(next) => {
+                    step = next;
+                    listener.part(buffer.filled(), step.done);
+                }
                 None => return (Relayed::Broken, buffer),
             },
             ended => {

@@ -99,6 +99,11 @@ impl Failure {
         }
     }
 
+    /// Whether the worker has certainly not seen the request.
+    pub(super) fn is_unsent(&self) -> bool {
+        matches!(self, Self::Connect(_))
+    }
+
     /// Whether it is counted as the worker's transport error.
     pub(super) fn is_transport(&self) -> bool {
         matches!(

@@ -33,21 +33,38 @@ impl Tried {
 #[derive(Debug)]
 pub struct Candidates<'a> {
     workers: &'a [Arc<Worker>],
+    /// In `workers`, ascending.
     positions: &'a [usize],
 }
 
+/// Requests that wait in a worker from which on it is saturated, where its `/metrics` tell.
+const SATURATED_WAITING: u32 = 8;
+
+/// Requests in flight from which on a worker is saturated of which nothing is known.
+const SATURATED_IN_FLIGHT: u32 = 256;
+
 impl<'a> Candidates<'a> {
-    /// Those of `serving` (positions in the fleet) that are usable and have not been tried. Where none is
-    /// left, the unusable ones stand in: the last worker is never taken out, and a wrong verdict about all of
-    /// them costs one refused connect. `scratch` is where the positions are kept.
+    /// Those of `serving` (positions in the fleet, ascending) that are usable and have not been tried. Where none
+    /// is left, the unusable ones stand in: the last worker is never taken out, and a wrong verdict about all of
+    /// them costs one refused connect. Who sleeps is left out while another is awake.
+    ///
+    /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
+    /// one. Where everybody is saturated it is the highest priority again, and load decides. A worker is saturated
+    /// when as many requests are in flight as it should have at most; where that is not told, when 8 requests
+    /// wait in it; where neither is, when 256 are in flight.
+    ///
+    /// `scratch` is where the positions are kept.
     pub fn of(fleet: &'a Fleet, serving: &[usize], tried: &Tried, scratch: &'a mut Vec<usize>) -> Self {
-        scratch.clear();
+        let workers = &fleet.workers[..];
         let untried = || serving.iter().copied().filter(|&position| !tried.contains(position));
-        scratch.extend(untried().filter(|&position| fleet.workers[position].usable()));
+        scratch.clear();
+        scratch.extend(untried().filter(|&position| workers[position].usable()));
         if scratch.is_empty() {
             scratch.extend(untried());
         }
-        Self { workers: &fleet.workers, positions: scratch }
+        awake(workers, scratch);
+        first_choice(workers, scratch);
+        Self { workers, positions: scratch }
     }
 
     /// The candidates with their positions in the fleet, ascending.
@@ -55,20 +72,90 @@ impl<'a> Candidates<'a> {
         self.positions.iter().map(|&position| (position, &*self.workers[position]))
     }
 
+    /// The candidate number `index`, of [`Candidates::len`], with its position in the fleet.
+    pub fn get(&self, index: usize) -> Option<(usize, &'a Worker)> {
+        self.positions.get(index).map(|&position| (position, &*self.workers[position]))
+    }
+
+    /// The candidates' positions in the fleet, ascending.
+    pub fn positions(&self) -> &'a [usize] {
+        self.positions
+    }
+
+    /// Whether the worker at this position in the fleet is a candidate.
+    pub fn contains(&self, position: usize) -> bool {
+        let all = self.positions.len() == self.workers.len();
+        if all { position < self.workers.len() } else { self.positions.binary_search(&position).is_ok() }
+    }
+
+    /// Number of candidates.
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
     /// Whether there is nobody to choose.
     pub fn is_empty(&self) -> bool {
         self.positions.is_empty()
+    }
+
+    /// All workers of the fleet, candidates or not; positions are those in it.
+    pub fn fleet(&self) -> &'a [Arc<Worker>] {
+        self.workers
+    }
+}
+
+/// Leaves out who sleeps, unless all do.
+fn awake(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
+    let asleep = |position: &usize| workers[*position].engine().asleep();
+    if positions.iter().any(asleep) && !positions.iter().all(asleep) {
+        positions.retain(|position| !asleep(position));
+    }
+}
+
+/// Leaves those of the highest priority of which not all are saturated; if all are, those of the highest.
+fn first_choice(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
+    let priority = |position: usize| workers[position].traits().priority;
+    let Some(highest) = positions.iter().copied().map(priority).max() else { return };
+    if positions.iter().all(|&position| priority(position) == highest) {
+        return;
+    }
+    // that of the first worker which is not saturated, by priority
+    let free = positions.iter().copied().filter(|&position| !saturated(&workers[position]));
+    let level = free.map(priority).max().unwrap_or(highest);
+    positions.retain(|&position| priority(position) == level);
+}
+
+fn saturated(worker: &Worker) -> bool {
+    let in_flight = worker.load().in_flight;
+    match (worker.traits().max_concurrent_requests, worker.engine().waiting()) {
+        (Some(most), _) => in_flight >= most,
+        (None, Some(waiting)) => waiting >= SATURATED_WAITING,
+        (None, None) => in_flight >= SATURATED_IN_FLIGHT,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workers::{Health, ModelSettings, Registry};
+    use crate::{
+        routing::policies::tests::{fleet, fleet_of},
+        workers::{Demand, EngineStats, Health, InFlight, ModelSettings, Registry, Traits},
+    };
 
     fn positions(fleet: &Fleet, tried: &Tried) -> Vec<usize> {
         let mut scratch = Vec::new();
-        Candidates::of(fleet, &[0, 1, 2], tried, &mut scratch).iter().map(|(at, _)| at).collect()
+        let serving: Vec<usize> = (0..fleet.workers.len()).collect();
+        Candidates::of(fleet, &serving, tried, &mut scratch).positions().to_vec()
+    }
+
+    fn begin(fleet: &Fleet, position: usize, count: usize) -> Vec<InFlight> {
+        (0..count).map(|_| InFlight::begin(fleet.workers[position].clone(), Demand::default())).collect()
+    }
+
+    /// Two of priority 1 and two of priority 0; who is in between takes two requests.
+    fn two_levels() -> Arc<Fleet> {
+        let traits = |priority, most| Traits { priority, max_concurrent_requests: most, ..Traits::default() };
+        fleet_of(&[traits(0, None), traits(1, Some(2)), traits(1, Some(2)), traits(0, None)])
     }
 
     #[test]
@@ -85,5 +172,71 @@ mod tests {
         tried.add(0);
         tried.add(2);
         assert!(positions(&fleet, &tried).is_empty(), "nobody is tried twice");
+    }
+
+    #[test]
+    fn candidates_are_found_by_position_and_by_number() {
+        let (fleet, mut scratch) = (fleet(4), Vec::new());
+        let candidates = Candidates::of(&fleet, &[1, 3], &Tried::none(), &mut scratch);
+        assert_eq!((candidates.len(), candidates.positions()), (2, &[1, 3][..]));
+        assert_eq!([0, 1, 2, 3, 4].map(|at| candidates.contains(at)), [false, true, false, true, false]);
+        assert_eq!(candidates.get(1).map(|(position, worker)| (position, worker.id())), Some((3, 3)));
+        assert!(candidates.get(2).is_none());
+        let all = Candidates::of(&fleet, &[0, 1, 2, 3], &Tried::none(), &mut scratch);
+        assert_eq!([0, 3, 4].map(|at| all.contains(at)), [true, true, false]);
+    }
+
+    #[test]
+    fn who_sleeps_is_chosen_only_when_all_do() {
+        let fleet = fleet(2);
+        let sleep = |at: usize| {
+            fleet.workers[at].engine().set(&EngineStats { asleep: Some(true), ..EngineStats::default() }, 0);
+        };
+        sleep(0);
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+        let mut tried = Tried::none();
+        tried.add(1);
+        assert_eq!(positions(&fleet, &tried), [0]);
+        sleep(1);
+        assert_eq!(positions(&fleet, &Tried::none()), [0, 1]);
+    }
+
+    #[test]
+    fn the_lower_priority_is_taken_when_all_of_the_higher_are_saturated() {
+        let fleet = two_levels();
+        let none = Tried::none();
+        assert_eq!(positions(&fleet, &none), [1, 2]);
+        let _one = begin(&fleet, 1, 2);
+        assert_eq!(positions(&fleet, &none), [1, 2], "the other is not saturated");
+        let other = begin(&fleet, 2, 2);
+        assert_eq!(positions(&fleet, &none), [0, 3]);
+        let _low = (begin(&fleet, 0, 256), begin(&fleet, 3, 256));
+        assert_eq!(positions(&fleet, &none), [1, 2], "load decides where all are saturated");
+        drop(other);
+        assert_eq!(positions(&fleet, &none), [1, 2]);
+    }
+
+    #[test]
+    fn the_lower_priority_is_taken_when_all_of_the_higher_are_down_or_tried() {
+        let fleet = two_levels();
+        let mut tried = Tried::none();
+        fleet.workers[1].set_health(Health::Down);
+        tried.add(2);
+        assert_eq!(positions(&fleet, &tried), [0, 3]);
+        fleet.workers[0].set_health(Health::Down);
+        tried.add(3);
+        assert_eq!(positions(&fleet, &tried), [1], "of those that stand in, too");
+    }
+
+    #[test]
+    fn a_worker_with_a_queue_is_saturated_however_few_are_ours() {
+        let level = |priority| Traits { priority, ..Traits::default() };
+        let fleet = fleet_of(&[level(1), level(0)]);
+        let waiting = |waiting| {
+            let stats = EngineStats { waiting: Some(waiting), ..EngineStats::default() };
+            fleet.workers[0].engine().set(&stats, 0);
+            positions(&fleet, &Tried::none())
+        };
+        assert_eq!((waiting(7), waiting(8)), (vec![0], vec![1]));
     }
 }

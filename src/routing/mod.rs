@@ -3,9 +3,14 @@
 mod candidates;
 mod policies;
 mod prefix;
+mod router;
+mod session;
 mod settings;
 
+pub use crate::vllm::Usage;
 pub use candidates::{Candidates, Tried};
-pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Selection, Shared, Usage};
-pub use prefix::Prompt;
-pub use settings::{PolicyName, Settings};
+pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Score, Selection, Shared};
+pub use prefix::{CHUNK_BYTES, CacheSizes, MAX_CHUNKS, MAX_SEATS, PrefixIndex, Prompt, TokenRates};
+pub use router::Router;
+pub use session::SessionKeys;
+pub use settings::{ModelPolicy, PolicyName, Settings};

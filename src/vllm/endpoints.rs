@@ -77,6 +77,8 @@ pub struct Endpoint {
     pub summary: &'static str,
     /// Value of the label `endpoint` of metrics.
     pub label: &'static str,
+    /// Whether a worker computes the prompt that its body holds, and keeps it in its prefix cache.
+    pub prefills: bool,
     index: usize,
 }
 
@@ -114,6 +116,7 @@ pub static OTHER: Endpoint = Endpoint {
     index: ROWS.len(),
     label: "other",
     methods: &[],
+    prefills: false,
     ..row("", POST, JSON, ErrorShape::OpenAi, "anything else")
 };
 
@@ -175,7 +178,14 @@ const fn row(
     error_shape: ErrorShape,
     summary: &'static str,
 ) -> Endpoint {
-    Endpoint { path, methods, treatment, error_shape, empties_cache: false, summary, label: path, index: 0 }
+    let prefills = matches!(treatment, Treatment::Route(ModelSource::Json));
+    let (empties_cache, label) = (false, path);
+    Endpoint { path, methods, treatment, error_shape, prefills, empties_cache, summary, label, index: 0 }
+}
+
+/// What is turned into tokens or back, but not computed.
+const fn tokens(path: &'static str, error_shape: ErrorShape, summary: &'static str) -> Endpoint {
+    Endpoint { prefills: false, ..row(path, POST, JSON, error_shape, summary) }
 }
 
 const fn openai(
@@ -206,7 +216,7 @@ const ROWS: &[Endpoint] = &numbered([
     openai("/v1/responses/{id}", GET, Treatment::Sticky, "a stored response"),
     openai("/v1/responses/{id}/cancel", POST, Treatment::Sticky, "cancels a background response"),
     row("/v1/messages", POST, JSON, ErrorShape::Anthropic, "Anthropic's messages"),
-    row("/v1/messages/count_tokens", POST, JSON, ErrorShape::Anthropic, "tokens of Anthropic's messages"),
+    tokens("/v1/messages/count_tokens", ErrorShape::Anthropic, "tokens of Anthropic's messages"),
     row("/cohere/v2/chat", POST, JSON, ErrorShape::Cohere, "Cohere's chat"),
     openai("/generative_scoring", POST, JSON, "scores by generation"),
     openai("/v1/systemone", POST, JSON, "structured decisions"),
@@ -228,18 +238,18 @@ const ROWS: &[Endpoint] = &numbered([
     openai("/v1/audio/translations", POST, FORM, "speech to English text"),
     openai("/v1/realtime", GET, Treatment::Route(ModelSource::Query), "WebSocket for speech"),
     // tokens and templates
-    openai("/tokenize", POST, JSON, "text to tokens"),
-    openai("/detokenize", POST, JSON, "tokens to text"),
+    tokens("/tokenize", ErrorShape::OpenAi, "text to tokens"),
+    tokens("/detokenize", ErrorShape::OpenAi, "tokens to text"),
     openai("/tokenizer_info", GET, ANY, "the tokenizer's settings"),
-    openai("/v1/chat/completions/render", POST, JSON, "chat to tokens"),
-    openai("/v1/chat/completions/derender", POST, JSON, "tokens to a chat answer"),
-    openai("/v1/completions/render", POST, JSON, "prompt to tokens"),
-    openai("/v1/completions/derender", POST, JSON, "tokens to a completion"),
-    openai("/v1/messages/render", POST, JSON, "Anthropic's messages to tokens"),
-    openai("/v1/messages/derender", POST, JSON, "tokens to Anthropic's answer"),
-    openai("/v1/responses/render", POST, JSON, "a response's input to tokens"),
-    openai("/v1/responses/derender", POST, JSON, "tokens to a response"),
-    row("/cohere/v2/chat/render", POST, JSON, ErrorShape::Cohere, "Cohere's chat to tokens"),
+    tokens("/v1/chat/completions/render", ErrorShape::OpenAi, "chat to tokens"),
+    tokens("/v1/chat/completions/derender", ErrorShape::OpenAi, "tokens to a chat answer"),
+    tokens("/v1/completions/render", ErrorShape::OpenAi, "prompt to tokens"),
+    tokens("/v1/completions/derender", ErrorShape::OpenAi, "tokens to a completion"),
+    tokens("/v1/messages/render", ErrorShape::OpenAi, "Anthropic's messages to tokens"),
+    tokens("/v1/messages/derender", ErrorShape::OpenAi, "tokens to Anthropic's answer"),
+    tokens("/v1/responses/render", ErrorShape::OpenAi, "a response's input to tokens"),
+    tokens("/v1/responses/derender", ErrorShape::OpenAi, "tokens to a response"),
+    tokens("/cohere/v2/chat/render", ErrorShape::Cohere, "Cohere's chat to tokens"),
     // about the server
     openai("/health", GET, Treatment::Local(Local::Health), "200 while a worker is usable, else 503"),
     openai("/ping", &["GET", "POST"], Treatment::Local(Local::Ping), "SageMaker's name of /health"),

@@ -5,6 +5,7 @@
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
 //! - [`models`]: model lists and versions of many workers made into those of one;
 //! - [`engine`]: what a server says of its engines, in `/metrics` and beside an answer;
+//! - [`usage`]: how many tokens an answer took;
 //! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
 //! "vLLM" without a version means 0.32.0 with its Python front end; `golden` in a test's name means recorded
@@ -17,6 +18,7 @@ pub mod errors;
 pub mod facts;
 pub mod models;
 pub mod multipart;
+pub mod usage;
 
 #[cfg(test)]
 mod golden;
@@ -28,6 +30,7 @@ pub const RANK_FIELD: &str = "X-data-parallel-rank";
 pub use aggregate::{Aggregate, Combine, aggregate};
 pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup};
 pub use engine::{EngineReport, Figures, parse_engines, parse_orca};
-pub use facts::{Facts, Key, ModelFact, Ranges, scan_json};
+pub use facts::{Facts, Key, ModelFact, Ranges, json_field, scan_json};
 pub use models::{ModelCard, lowest_version, merge_models, parse_models};
 pub use multipart::{ModelField, MultipartFact, boundary, query_model};
+pub use usage::{Usage, usage_of_events, usage_of_tail};

@@ -1,12 +1,21 @@
 //! The policies: a file each, and a row of [`POLICIES`].
 
+mod cache_aware;
+mod capacity;
+mod chance;
+mod consistent_hash;
 mod least_requests;
+mod power_of_two;
+mod random;
+mod round_robin;
+mod turns;
 
 use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    routing::{Candidates, Prompt, Settings},
+    routing::{CacheSizes, Candidates, PrefixIndex, Prompt, Settings, TokenRates},
+    vllm::Usage,
     workers::{Demand, Worker},
 };
 
@@ -39,6 +48,15 @@ impl Selection {
     }
 }
 
+/// What a candidate was worth in a choice; the least is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Position in [`crate::workers::Fleet::workers`].
+    pub position: usize,
+    /// In a unit of the policy's own.
+    pub cost: f64,
+}
+
 /// What became of a request, told to the policy that chose its worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome<'a> {
@@ -53,17 +71,6 @@ pub struct Outcome<'a> {
     pub usage: Option<Usage>,
 }
 
-/// What a worker reports of an answer. `None`: not told.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: Option<u64>,
-    /// Those of them that were found in the prefix cache.
-    pub cached_tokens: Option<u64>,
-    /// Tokens that were generated.
-    pub completion_tokens: Option<u64>,
-}
-
 /// A way to choose a worker. Belongs to one shard; what shards share is given to it when it is built. Pure: time
 /// and chance are in the [`RouteInput`].
 pub trait Policy {
@@ -73,6 +80,11 @@ pub trait Policy {
     /// Takes in what became of a choice. Not called for every request: an answer may not tell.
     fn ended(&mut self, outcome: &Outcome<'_>) {
         let _ = outcome;
+    }
+
+    /// What the candidates of the last choice were worth, for the log; empty where a policy does not weigh them.
+    fn scores(&self) -> &[Score] {
+        &[]
     }
 }
 
@@ -90,6 +102,26 @@ pub struct Needs {
 pub struct Shared {
     /// What the operator set.
     pub settings: Arc<Settings>,
+    /// Which prompts workers hold in their prefix caches.
+    pub index: Arc<PrefixIndex>,
+    /// How much of prompts workers hold.
+    pub sizes: Arc<CacheSizes>,
+    /// How many bytes a token has.
+    pub rates: Arc<TokenRates>,
+}
+
+impl Shared {
+    /// For shards that serve before `workers` workers.
+    pub fn new(settings: Settings, workers: usize) -> Self {
+        let wanted = settings.needs().prompt;
+        let bytes = if wanted { settings.prefix_index_bytes } else { 0 };
+        Self {
+            index: Arc::new(PrefixIndex::new(usize::try_from(bytes).unwrap_or(usize::MAX), workers)),
+            sizes: Arc::new(CacheSizes::new(settings.worker_cache_tokens, workers)),
+            rates: Arc::new(TokenRates::default()),
+            settings: Arc::new(settings),
+        }
+    }
 }
 
 /// A row of the table of policies.
@@ -113,87 +145,20 @@ impl std::fmt::Debug for Definition {
 }
 
 /// Every policy there is.
-pub static POLICIES: &[Definition] = &[least_requests::DEFINITION];
+pub static POLICIES: &[Definition] = &[
+    cache_aware::DEFINITION,
+    least_requests::DEFINITION,
+    round_robin::DEFINITION,
+    random::DEFINITION,
+    power_of_two::DEFINITION,
+    capacity::DEFINITION,
+    consistent_hash::DEFINITION,
+];
+
+/// Requests in flight on a worker with the one that is to come, times its cost.
+fn burden(worker: &Worker) -> f64 {
+    (f64::from(worker.load().in_flight) + 1.0) * worker.traits().cost
+}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        routing::Tried,
-        workers::{Fleet, Health, ModelSettings, Registry},
-    };
-
-    fn fleet(count: usize) -> Arc<Fleet> {
-        let urls = (0..count).map(|n| format!("http://w{n}:1").parse().unwrap());
-        let fleet = Registry::new(urls, ModelSettings::default()).handle().load_full();
-        for worker in &fleet.workers {
-            worker.set_health(Health::Up);
-        }
-        fleet
-    }
-
-    fn build(row: &Definition) -> Box<dyn Policy> {
-        (row.build)(&Shared { settings: Arc::new(Settings::of_flags(&[])) })
-    }
-
-    fn choose(policy: &mut dyn Policy, fleet: &Fleet, random: u64) -> Option<usize> {
-        let serving: Vec<usize> = (0..fleet.workers.len()).collect();
-        let mut scratch = Vec::new();
-        let candidates = Candidates::of(fleet, &serving, &Tried::none(), &mut scratch);
-        let prompt = Prompt::default();
-        let input = RouteInput { random, now: 0, session: None, prompt: &prompt };
-        policy.choose(&input, &candidates).map(|selection| selection.position)
-    }
-
-    #[test]
-    fn every_policy_chooses_nobody_from_an_empty_fleet() {
-        for row in POLICIES {
-            assert_eq!(choose(&mut *build(row), &fleet(0), 7), None, "{}", row.name);
-        }
-    }
-
-    #[test]
-    fn every_policy_chooses_the_only_worker() {
-        for row in POLICIES {
-            assert_eq!(choose(&mut *build(row), &fleet(1), 7), Some(0), "{}", row.name);
-        }
-    }
-
-    #[test]
-    fn every_policy_leaves_out_a_worker_that_is_down() {
-        for row in POLICIES {
-            let fleet = fleet(3);
-            let mut policy = build(row);
-            fleet.workers[1].set_health(Health::Down);
-            for random in 0..100 {
-                assert_ne!(choose(&mut *policy, &fleet, random), Some(1), "{}", row.name);
-            }
-        }
-    }
-
-    #[test]
-    fn every_policy_is_fair_to_idle_workers() {
-        for row in POLICIES {
-            let (fleet, mut policy) = (fleet(3), build(row));
-            let mut counts = [0; 3];
-            for random in 0..300 {
-                counts[choose(&mut *policy, &fleet, random).unwrap()] += 1;
-            }
-            assert!(counts.iter().all(|&count| count >= 60), "{}: {counts:?}", row.name);
-        }
-    }
-
-    #[test]
-    fn names_are_unique() {
-        let all = || POLICIES.iter().flat_map(|row| row.aliases.iter().chain([&row.name]));
-        let mut names: Vec<&str> = all().copied().collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all().count());
-    }
-
-    #[test]
-    fn every_policy_can_be_counted() {
-        assert!(POLICIES.len() <= crate::workers::MAX_POLICIES);
-    }
-}
+pub(in crate::routing) mod tests;

@@ -1,5 +1,17 @@
 //! Which prompts share how much with what a worker has computed before.
+//!
+//! A [`Prompt`] is the chained hashes of a request's text, [`PrefixIndex`] says how many of them each worker holds,
+//! and [`TokenRates`] how many tokens that text is.
 
+mod index;
+mod media;
 mod prompt;
+mod rates;
+mod seat;
+mod sizes;
+mod zeroed;
 
-pub use prompt::Prompt;
+pub use index::{MAX_SEATS, PrefixIndex};
+pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
+pub use rates::TokenRates;
+pub use sizes::CacheSizes;

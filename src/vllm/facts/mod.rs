@@ -242,6 +242,30 @@ fn members(body: &[u8], facts: &mut Facts) -> Option<()> {
     }
 }
 
+/// Where the raw value of a field of the top level lies, for names that are no [`Key`]. Of several the last one
+/// counts; a name that is written with escapes is not found.
+pub fn json_field(body: &[u8], name: &str) -> Option<Range<usize>> {
+    let mut found = None;
+    let mut at = if body.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+    let mut before = b'{';
+    while let Some((key, value)) = next_field(body, at, before) {
+        (at, before) = (value.end, b',');
+        let inner = body.get(key.start + 1..key.end - 1);
+        if inner == Some(name.as_bytes()) {
+            found = Some(value);
+        }
+    }
+    found
+}
+
+/// The key and the value behind the brace or comma that is to come at `at`.
+fn next_field(body: &[u8], at: usize, before: u8) -> Option<(Range<usize>, Range<usize>)> {
+    let at = space(body, expect(body, space(body, at), before)?);
+    let key = at..string(body, at)?;
+    let at = space(body, expect(body, space(body, key.end), b':')?);
+    Some((key, at..value(body, at)?))
+}
+
 /// Which key a raw string is.
 fn key_of(raw: &[u8]) -> Option<Key> {
     let name = raw.get(1..raw.len().checked_sub(1)?)?;

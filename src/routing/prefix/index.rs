@@ -1,0 +1,296 @@
+//! Which worker holds which chunks of which prompts: one table of fixed size, shared by all shards without locks.
+//!
+//! An entry says that one worker holds one chunk, in one word:
+//!
+//! ```text
+//! 63          42 41        35 34  32 31            0
+//! ┌─────────────┬────────────┬──────┬───────────────┐
+//! │ tag: 22 bits│ group: 7   │ slot │ tick: 32      │    0: no entry (a tag is never 0)
+//! │ of the hash │  the seat's upper and lower bits  │
+//! └─────────────┴────────────┴──────┴───────────────┘
+//! ```
+//!
+//! Eight entries are a cache line, two lines a pair. The entries of one chunk for the eight seats of a group lie in
+//! one pair, preferably in its one line, so that eight workers are asked by reading one line. What a seat still
+//! holds is decided by its tick ([`Seats`]); an entry that is not held any more stays until its place is needed.
+//! When a pair is full, the entry goes that is oldest by its own seat's clock.
+//!
+//! A word is read and written as a whole, and written by compare and exchange only. So a race between shards
+//! can lose a touch, and never makes a match of what was not put. A match is wrong when the tags of two chunks in
+//! one pair are equal: 2⁻²² for each of at most sixteen entries.
+//!
+//! All operations are relaxed: a word stands for itself, and nothing else is read because of it.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::routing::prefix::{
+    seat::{Pass, Seats, later},
+    zeroed,
+};
+
+/// Seats of a group, and entries of a line.
+const GROUP: usize = 8;
+
+/// Words of a pair of lines.
+const PAIR: usize = 2 * GROUP;
+
+/// Seats at most: what ten bits can number.
+pub const MAX_SEATS: usize = 1 << SEAT_BITS;
+
+const SEAT_BITS: u32 = 10;
+const SLOT_BITS: u32 = 3;
+const TICK_BITS: u32 = 32;
+const TAG_BITS: u32 = 22;
+
+/// What was touched so few ticks ago is not written again; 1.6 % of the capacity. It keeps a prompt that comes
+/// again and again from being written by every shard.
+const RECENT: u32 = 4;
+
+/// Chunks that may press at once: 8 GiB of text.
+const MAX_PRESSURE: u64 = 1 << 24;
+
+/// 2⁶⁴ divided by the golden ratio, odd: spreads what differs in a few bits only.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Which worker holds which chunks. A worker is known by its seat, a small number.
+pub struct PrefixIndex {
+    /// The table begins at `offset`: at a multiple of a pair's size.
+    words: Box<[AtomicU64]>,
+    offset: usize,
+    pairs: usize,
+    seats: Seats,
+}
+
+/// Where the entries of a chunk for a group are, and what they have above their slot.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The pair, its preferred line first.
+    lines: [usize; 2],
+    /// Tag and group.
+    key: u64,
+}
+
+impl PrefixIndex {
+    /// A table of at most `bytes` (in whole pairs of lines; less than one: an index that never matches) for seats
+    /// below `seats`, of which there are [`MAX_SEATS`] at most. The memory is used as it fills.
+    pub fn new(bytes: usize, seats: usize) -> Self {
+        const PAIR_BYTES: usize = PAIR * size_of::<AtomicU64>();
+        let pairs = bytes / PAIR_BYTES;
+        // one pair more than is used, so that the first can begin at a multiple of its size: a type of that
+        // alignment would make the allocator write every page
+        let words = zeroed::words(if pairs == 0 { 0 } else { (pairs + 1) * PAIR });
+        let offset = words.as_ptr().align_offset(PAIR_BYTES).min(PAIR);
+        let seats = if pairs == 0 { 0 } else { seats.min(MAX_SEATS) };
+        Self { words, offset, pairs, seats: Seats::new(seats) }
+    }
+
+    /// Memory that it may take, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.words) + self.seats.bytes()
+    }
+
+    /// How many of the leading chunks each of `seats` holds; `depths` is filled anew, in their order. Takes least
+    /// where `seats` is ascending.
+    pub fn matched(&self, chunks: &[u64], seats: &[usize], depths: &mut Vec<u32>) {
+        depths.clear();
+        for run in seats.chunk_by(|one, other| one / GROUP == other / GROUP) {
+            self.matched_of_group(chunks, run, depths);
+        }
+    }
+
+    /// The same for seats of one group.
+    fn matched_of_group(&self, chunks: &[u64], seats: &[usize], depths: &mut Vec<u32>) {
+        let (mut wanted, mut horizons, mut found) = (0_u8, [0; GROUP], [0; GROUP]);
+        for &seat in seats {
+            if let Some(horizon) = self.seats.horizon(seat) {
+                wanted |= 1 << (seat % GROUP);
+                horizons[seat % GROUP] = horizon;
+            }
+        }
+        let group = seats.first().map_or(0, |seat| seat / GROUP);
+        let mut depth = 0;
+        for &chunk in chunks {
+            if wanted == 0 {
+                break;
+            }
+            let held = self.holders(chunk, group, wanted, &horizons);
+            note(&mut found, wanted & !held, depth);
+            wanted = held;
+            depth += 1;
+        }
+        note(&mut found, wanted, depth);
+        depths.extend(seats.iter().map(|seat| found[seat % GROUP]));
+    }
+
+    /// Those of the wanted slots that hold a chunk, as bits.
+    fn holders(&self, chunk: u64, group: usize, wanted: u8, horizons: &[u32; GROUP]) -> u8 {
+        let place = self.place(chunk, group);
+        let mut held = 0_u8;
+        for line in place.lines {
+            for word in self.line(line) {
+                let entry = word.load(Relaxed);
+                let slot = slot(entry);
+                // no branches: which of the eight it is cannot be predicted
+                let holds =
+                    (entry >> (TICK_BITS + SLOT_BITS) == place.key) & later(tick(entry), horizons[slot]);
+                held |= u8::from(holds) << slot;
+            }
+            if wanted & !held == 0 {
+                break;
+            }
+        }
+        held & wanted
+    }
+
+    /// A prompt is being computed at `seat`, whose cache holds `capacity` chunks: its chunks, as far as they fit,
+    /// are put there or renewed. The deepest is the first to go, as vLLM frees a request's blocks from its end
+    /// (`vllm/v1/core/kv_cache_manager.py`, `free`).
+    pub fn touch(&self, seat: usize, chunks: &[u64], capacity: u64) {
+        let fit = usize::try_from(capacity).unwrap_or(usize::MAX).min(chunks.len());
+        let Some(mut pass) = self.seats.pass(seat, capacity).filter(|_| fit > 0) else { return };
+        // what lies before a chunk that was written is written as well, so that it does not go first
+        let mut recent = RECENT;
+        for &chunk in chunks.iter().take(fit).rev() {
+            if self.put(chunk, seat, recent, &mut pass) {
+                recent = 0;
+            }
+        }
+        pass.end();
+    }
+
+    /// So many chunks more are in the cache of `seat` that no prompt can find, such as generated text.
+    pub fn add_pressure(&self, seat: usize, chunks: u64, capacity: u64) {
+        if let Some(mut pass) = self.seats.pass(seat, capacity) {
+            pass.inserted_many(chunks.min(capacity).min(MAX_PRESSURE));
+            pass.end();
+        }
+    }
+
+    /// The chunks from `from_depth` on have not come to `seat` after all.
+    pub fn remove(&self, seat: usize, chunks: &[u64], from_depth: usize) {
+        if self.seats.horizon(seat).is_none() {
+            return;
+        }
+        for &chunk in chunks.get(from_depth..).unwrap_or_default() {
+            if let Some((word, entry)) = self.entry(self.place(chunk, seat / GROUP), seat)
+                && word.compare_exchange(entry, 0, Relaxed, Relaxed).is_ok()
+            {
+                self.seats.forget(seat, tick(entry));
+            }
+        }
+    }
+
+    /// The cache of `seat` is empty, or its worker is gone. Costs the same however much it held.
+    pub fn clear(&self, seat: usize) {
+        self.seats.clear(seat);
+    }
+
+    /// Clears `seat` if the generation of its worker's cache ([`crate::workers::Worker::cache_generation`]) is a
+    /// later one than the last that was told. The first one is only remembered.
+    pub fn follow(&self, seat: usize, generation: u32) {
+        self.seats.follow(seat, generation);
+    }
+
+    /// Chunks that `seat` holds, those included that no prompt can find.
+    pub fn held(&self, seat: usize) -> u64 {
+        self.seats.live(seat)
+    }
+
+    /// Puts a chunk, or renews it unless it is not older than `recent` ticks. True if it was written.
+    fn put(&self, chunk: u64, seat: usize, recent: u32, pass: &mut Pass<'_>) -> bool {
+        let place = self.place(chunk, seat / GROUP);
+        let tick_now = pass.tick();
+        let new = ((place.key << SLOT_BITS | (seat % GROUP) as u64) << TICK_BITS) | u64::from(tick_now);
+        let (word, old) = self.entry(place, seat).unwrap_or_else(|| self.vacancy(place));
+        let own = same_holder(old, new);
+        let held = old != 0 && self.seats.holds(seat_of(old), tick(old));
+        if own && held && !later(tick_now, tick(old).wrapping_add(recent)) {
+            return false;
+        }
+        // who comes second has lost a touch, and whoever came first has counted
+        if word.compare_exchange(old, new, Relaxed, Relaxed).is_err() {
+            return true;
+        }
+        match (own, held) {
+            (true, true) => pass.moved(tick(old)),
+            (false, true) => {
+                self.seats.forget(seat_of(old), tick(old));
+                pass.inserted();
+            }
+            (_, false) => pass.inserted(),
+        }
+        true
+    }
+
+    /// The entry of a seat at a place. Should a race have made two, the other one is left to age.
+    fn entry(&self, place: Place, seat: usize) -> Option<(&AtomicU64, u64)> {
+        let holder = place.key << SLOT_BITS | (seat % GROUP) as u64;
+        let words = place.lines.into_iter().flat_map(|line| self.line(line));
+        let mut entries = words.map(|word| (word, word.load(Relaxed)));
+        entries.find(|(_, entry)| entry >> TICK_BITS == holder)
+    }
+
+    /// Where a new entry may be written: where there is none, else over one that is not held any more, else over
+    /// the oldest.
+    fn vacancy(&self, place: Place) -> (&AtomicU64, u64) {
+        let [first, second] = place.lines;
+        let mut oldest = (&self.line(first)[0], 0, None);
+        for word in self.line(first).iter().chain(self.line(second)) {
+            let entry = word.load(Relaxed);
+            if entry == 0 || !self.seats.holds(seat_of(entry), tick(entry)) {
+                return (word, entry);
+            }
+            let age = Some(self.seats.age(seat_of(entry), tick(entry)));
+            if age > oldest.2 {
+                oldest = (word, entry, age);
+            }
+        }
+        (oldest.0, oldest.1)
+    }
+
+    fn place(&self, chunk: u64, group: usize) -> Place {
+        let spread = (chunk ^ (group as u64).wrapping_mul(SPREAD)).wrapping_mul(SPREAD);
+        // the upper bits choose the pair, the lower ones are the tag
+        let pair = ((u128::from(spread) * self.pairs as u128) >> 64) as usize;
+        let first = 2 * pair + (chunk >> TAG_BITS & 1) as usize;
+        let tag = (chunk & ((1 << TAG_BITS) - 1)).max(1);
+        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64 }
+    }
+
+    fn line(&self, line: usize) -> &[AtomicU64] {
+        let from = self.offset + line * GROUP;
+        &self.words[from..from + GROUP]
+    }
+}
+
+impl std::fmt::Debug for PrefixIndex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shape = f.debug_struct("PrefixIndex");
+        shape.field("bytes", &self.bytes()).field("seats", &self.seats.len()).finish_non_exhaustive()
+    }
+}
+
+fn tick(entry: u64) -> u32 {
+    (entry & u64::from(u32::MAX)) as u32
+}
+
+fn slot(entry: u64) -> usize {
+    (entry >> TICK_BITS) as usize % GROUP
+}
+
+fn seat_of(entry: u64) -> usize {
+    (entry >> TICK_BITS) as usize % MAX_SEATS
+}
+
+/// Whether two entries are of the same chunk and seat.
+fn same_holder(one: u64, other: u64) -> bool {
+    one >> TICK_BITS == other >> TICK_BITS
+}
+
+/// Notes a depth for every slot that is set in `slots`.
+fn note(found: &mut [u32; GROUP], mut slots: u8, depth: u32) {
+    while slots != 0 {
+        found[slots.trailing_zeros() as usize] = depth;
+        slots &= slots - 1;
+    }
+}

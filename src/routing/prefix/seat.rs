@@ -1,0 +1,344 @@
+//! What each worker's cache still holds: one least-recently-used order per worker, by ticks, without a lock.
+//!
+//! A worker has a seat. A seat has a clock that counts what is put into the cache, in ticks of 1/[`GRAIN`] of its
+//! capacity; an entry carries the tick at which it was last put or renewed; and whatever is not newer than the
+//! seat's *horizon* is gone. A ring counts how many entries carry each tick, so that raising the horizon by one
+//! tick, which is how something is evicted, knows how many entries that frees. Emptying a cache is raising its
+//! horizon to now.
+//!
+//! **Why the ring is long enough.** In a cache of C chunks an entry is gone before C others were put in after its
+//! last use, which takes the clock [`GRAIN`] ticks. Renewals move the clock as well, so that what is renewed
+//! together does not have to go together; but they may go on for ever while an old entry stays, so they move it
+//! only while the ring is less than half full. The other half is enough for what is put in. Should the capacity
+//! be told differently so often that it is not, the oldest ticks go early.
+//!
+//! **Races.** Whoever changes an entry (by compare and exchange, so there is one) moves its count. A count can
+//! come late, behind the sweep of its cell; then the ring is wrong by that much until the cell is swept again.
+//! All operations are relaxed: nothing is published through these figures, they only decide what is believed.
+
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::routing::prefix::zeroed;
+
+/// Ticks that a cache's capacity is divided into: what is evicted at once is about this part of it.
+pub(super) const GRAIN: u64 = 256;
+
+/// Cells of a seat's ring, one per tick.
+const CELLS: u32 = 4096;
+
+/// A tick in the fixed point of clocks: 32 bits of it are a fraction.
+const TICK: u64 = 1 << 32;
+
+/// Tries to raise a horizon that others are raising as well.
+const TRIES: usize = 8;
+
+/// Whether `tick` is later than `horizon`, on clocks that go round.
+pub(super) fn later(tick: u32, horizon: u32) -> bool {
+    tick.wrapping_sub(horizon).cast_signed() > 0
+}
+
+/// One seat's clock and count; a line of its own.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Clock {
+    /// Fixed point, see [`TICK`].
+    now: AtomicU64,
+    /// Entries that are held: the sum of the ring.
+    live: AtomicI64,
+    /// Generation of the worker's cache that was seen last, plus one; 0: none.
+    generation: AtomicU64,
+}
+
+/// The seats, by number.
+#[derive(Debug)]
+pub(super) struct Seats {
+    clocks: Box<[Clock]>,
+    /// Beside each other, because every match reads those of many seats and they change seldom.
+    horizons: Box<[AtomicU32]>,
+    /// [`CELLS`] for each seat: how many entries carry the tick that is the cell's number modulo [`CELLS`].
+    rings: Box<[AtomicI32]>,
+}
+
+impl Seats {
+    pub(super) fn new(count: usize) -> Self {
+        let clock =
+            |_| Clock { now: AtomicU64::new(TICK), live: AtomicI64::new(0), generation: AtomicU64::new(0) };
+        Self {
+            clocks: (0..count).map(clock).collect(),
+            horizons: (0..count).map(|_| AtomicU32::new(0)).collect(),
+            rings: zeroed::counts(count * CELLS as usize),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.clocks.len()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&*self.clocks) + size_of_val(&*self.horizons) + size_of_val(&*self.rings)
+    }
+
+    /// `None`: there is no such seat.
+    pub(super) fn horizon(&self, seat: usize) -> Option<u32> {
+        Some(self.horizons.get(seat)?.load(Relaxed))
+    }
+
+    /// Whether an entry of this seat and tick is held.
+    pub(super) fn holds(&self, seat: usize, tick: u32) -> bool {
+        self.horizon(seat).is_some_and(|horizon| later(tick, horizon))
+    }
+
+    /// Ticks since `tick` on the seat's own clock: parts of its capacity, comparable between seats.
+    pub(super) fn age(&self, seat: usize, tick: u32) -> u32 {
+        let now = self.clocks.get(seat).map_or(0, |clock| whole(clock.now.load(Relaxed)));
+        // a clock that was read before the entry was made is behind it
+        if later(now, tick) { now.wrapping_sub(tick) } else { 0 }
+    }
+
+    pub(super) fn live(&self, seat: usize) -> u64 {
+        let live = self.clocks.get(seat).map_or(0, |clock| clock.live.load(Relaxed));
+        u64::try_from(live).unwrap_or(0)
+    }
+
+    /// One entry of this tick is gone otherwise than by the horizon.
+    pub(super) fn forget(&self, seat: usize, tick: u32) {
+        self.count(seat, tick, -1, -1);
+    }
+
+    /// Everything that the seat holds is gone.
+    pub(super) fn clear(&self, seat: usize) {
+        if let Some(clock) = self.clocks.get(seat) {
+            // who is putting something at this moment does so at a tick that is gone with the rest
+            let last = clock.now.fetch_add(TICK, Relaxed);
+            self.raise(seat, whole(last));
+        }
+    }
+
+    /// Clears the seat if the generation of the worker's cache is a later one than the last that was seen.
+    pub(super) fn follow(&self, seat: usize, generation: u32) {
+        let Some(cell) = self.clocks.get(seat).map(|clock| &clock.generation) else { return };
+        let mut seen = cell.load(Relaxed);
+        for _ in 0..TRIES {
+            // truncation is meant: generations go round at 32 bits
+            let newer = later(generation, (seen.wrapping_sub(1) & u64::from(u32::MAX)) as u32);
+            if seen != 0 && !newer {
+                return;
+            }
+            match cell.compare_exchange(seen, u64::from(generation) + 1, Relaxed, Relaxed) {
+                Ok(0) => return,
+                Ok(_) => return self.clear(seat),
+                Err(other) => seen = other,
+            }
+        }
+    }
+
+    /// Adds to the entries of a tick and to what is held; nothing if that tick has been swept.
+    fn count(&self, seat: usize, tick: u32, entries: i32, live: i64) {
+        if let (Some(clock), true) = (self.clocks.get(seat), self.holds(seat, tick)) {
+            if entries != 0 {
+                self.cell(seat, tick).fetch_add(entries, Relaxed);
+            }
+            if live != 0 {
+                clock.live.fetch_add(live, Relaxed);
+            }
+        }
+    }
+
+    /// Of a seat that there is.
+    fn cell(&self, seat: usize, tick: u32) -> &AtomicI32 {
+        &self.rings[seat * CELLS as usize + (tick % CELLS) as usize]
+    }
+
+    /// Raises the horizon of a seat that there is; who raises it sweeps the cells that fall behind.
+    fn raise(&self, seat: usize, to: u32) {
+        let mut horizon = self.horizons[seat].load(Relaxed);
+        for _ in 0..TRIES {
+            if !later(to, horizon) {
+                return;
+            }
+            match self.horizons[seat].compare_exchange(horizon, to, Relaxed, Relaxed) {
+                Ok(_) => break,
+                Err(other) => horizon = other,
+            }
+        }
+        let mut freed = 0;
+        for back in 0..to.wrapping_sub(horizon).min(CELLS) {
+            let cell = self.cell(seat, to.wrapping_sub(back));
+            if cell.load(Relaxed) != 0 {
+                freed += i64::from(cell.swap(0, Relaxed));
+            }
+        }
+        if freed != 0 {
+            self.clocks[seat].live.fetch_sub(freed, Relaxed);
+        }
+    }
+
+    /// Raises the horizon of a seat that there is until it holds no more than `capacity`.
+    fn evict(&self, seat: usize, capacity: i64) {
+        let clock = &self.clocks[seat];
+        for _ in 0..CELLS {
+            if clock.live.load(Relaxed) <= capacity {
+                return;
+            }
+            let next = self.horizons[seat].load(Relaxed).wrapping_add(1);
+            let now = whole(clock.now.load(Relaxed));
+            if !later(now, next) {
+                // every cell but the last is empty: a count that came too late is still in the sum
+                let rest = self.cell(seat, now).load(Relaxed).max(0);
+                clock.live.store(i64::from(rest), Relaxed);
+                return;
+            }
+            self.raise(seat, next);
+        }
+    }
+
+    /// Raises the horizon of a seat that there is over ticks that nothing carries. What is being put now may not
+    /// be counted yet, so the latest quarter of the ring is left alone.
+    fn creep(&self, seat: usize, now: u32) {
+        let mut to = self.horizons[seat].load(Relaxed);
+        let mut left = now.wrapping_sub(to).saturating_sub(CELLS / 4).min(CELLS);
+        while left > 0 && self.cell(seat, to.wrapping_add(1)).load(Relaxed) <= 0 {
+            to = to.wrapping_add(1);
+            left -= 1;
+        }
+        self.raise(seat, to);
+    }
+
+    /// Begins to put something into a seat that holds `capacity` chunks. `None`: there is no such seat, or it can
+    /// hold nothing.
+    pub(super) fn pass(&self, seat: usize, capacity: u64) -> Option<Pass<'_>> {
+        let clock = self.clocks.get(seat)?.now.load(Relaxed);
+        let step = (GRAIN * TICK).checked_div(capacity)?.max(1);
+        let capacity = i64::try_from(capacity).unwrap_or(i64::MAX);
+        let mut pass = Pass {
+            seats: self,
+            seat,
+            capacity,
+            step,
+            clock,
+            pending: 0,
+            placed: 0,
+            added: 0,
+            left: 0,
+            left_tick: 0,
+            roomy: true,
+        };
+        pass.look_at_room();
+        if !pass.roomy {
+            self.creep(seat, pass.tick());
+            pass.look_at_room();
+        }
+        Some(pass)
+    }
+}
+
+/// The whole ticks of a clock.
+fn whole(clock: u64) -> u32 {
+    (clock / TICK) as u32
+}
+
+/// One putting of chunks into one seat: gives out ticks, and gathers counts, so that shared figures are written
+/// once per tick and not once per chunk.
+#[derive(Debug)]
+pub(super) struct Pass<'a> {
+    seats: &'a Seats,
+    seat: usize,
+    capacity: i64,
+    /// What one chunk moves the clock.
+    step: u64,
+    /// The clock as it was read last.
+    clock: u64,
+    /// By how much it has to be moved.
+    pending: u64,
+    /// Entries that carry the present tick and are not counted yet.
+    placed: i32,
+    /// Those of them that are more than were held before.
+    added: i64,
+    /// Entries that carried `left_tick` and are not taken off yet.
+    left: i32,
+    left_tick: u32,
+    /// Whether renewals may move the clock.
+    roomy: bool,
+}
+
+impl Pass<'_> {
+    /// What an entry has to carry that is put now.
+    pub(super) fn tick(&self) -> u32 {
+        whole(self.clock)
+    }
+
+    /// An entry was put that was not held before.
+    pub(super) fn inserted(&mut self) {
+        self.placed += 1;
+        self.added += 1;
+        self.advance();
+    }
+
+    /// So many entries more were put.
+    pub(super) fn inserted_many(&mut self, mut count: u64) {
+        while count > 0 {
+            // as many as do not move the clock by more than a tick, the last of them included
+            let few = (TICK / self.step).clamp(1, count).min(1 << 16);
+            count -= few;
+            self.placed += few as i32;
+            self.added += few.cast_signed();
+            self.pending += (few - 1) * self.step;
+            self.advance();
+        }
+    }
+
+    /// An entry that carried `from` was renewed.
+    pub(super) fn moved(&mut self, from: u32) {
+        if from != self.left_tick {
+            self.take_off();
+            self.left_tick = from;
+        }
+        self.left += 1;
+        self.placed += 1;
+        if self.roomy {
+            self.advance();
+        }
+    }
+
+    /// Counts everything, and evicts what is too much.
+    pub(super) fn end(mut self) {
+        self.sync();
+        self.seats.evict(self.seat, self.capacity);
+    }
+
+    fn advance(&mut self) {
+        self.pending += self.step;
+        if whole(self.clock.wrapping_add(self.pending)) != self.tick() {
+            self.sync();
+        }
+    }
+
+    fn sync(&mut self) {
+        self.take_off();
+        let (placed, added) = (std::mem::take(&mut self.placed), std::mem::take(&mut self.added));
+        self.seats.count(self.seat, self.tick(), placed, added);
+        let pending = std::mem::take(&mut self.pending);
+        if pending == 0 {
+            return;
+        }
+        let clock = &self.seats.clocks[self.seat].now;
+        self.clock = clock.fetch_add(pending, Relaxed).wrapping_add(pending);
+        let now = self.tick();
+        if now.wrapping_sub(self.seats.horizons[self.seat].load(Relaxed)) >= CELLS {
+            self.seats.raise(self.seat, now.wrapping_sub(CELLS - 1));
+        }
+        self.look_at_room();
+    }
+
+    fn take_off(&mut self) {
+        let left = std::mem::take(&mut self.left);
+        if left > 0 {
+            self.seats.count(self.seat, self.left_tick, -left, 0);
+        }
+    }
+
+    fn look_at_room(&mut self) {
+        let horizon = self.seats.horizons[self.seat].load(Relaxed);
+        self.roomy = self.tick().wrapping_sub(horizon) < CELLS / 2;
+    }
+}
