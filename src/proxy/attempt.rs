@@ -26,6 +26,7 @@ use crate::{
         retry::{Failure, Verdict},
     },
     upstream::Connection,
+    vllm,
     workers::{Demand, InFlight, Worker},
 };
 
@@ -149,7 +150,9 @@ async fn run(
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();
-    request.write_upstream(head, &UpstreamHead { prefix, framing, extra: &[] });
+    let rank = worker.rank().map(|rank| [(vllm::RANK_FIELD, rank)]);
+    let extra = rank.as_ref().map_or(&[][..], |field| field);
+    request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
     let mut sending = pin!(maybe_done(body::send(cx, inbox, writer, head, body, chunked)));
 

@@ -289,7 +289,7 @@ fn framing(received: RequestFraming, body: &Body) -> OutFraming {
 fn judge(worker: &Worker, failure: &Failure) {
     if failure.is_transport() {
         worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(worker = worker.url().as_str(), error = %failure, "an attempt failed");
+        tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
     }
     if failure.condemns() {
         // the control thread sees it, says so and probes
