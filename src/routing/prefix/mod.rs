@@ -5,10 +5,10 @@
 
 mod index;
 mod media;
+mod memory;
 mod prompt;
 mod rates;
 mod seat;
-mod zeroed;
 
 pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
