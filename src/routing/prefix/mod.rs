@@ -5,11 +5,11 @@
 
 mod index;
 mod media;
+mod memory;
 mod prompt;
 mod rates;
 mod seat;
 mod sizes;
-mod zeroed;
 
 pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};

@@ -19,7 +19,7 @@
 
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::routing::prefix::zeroed;
+use crate::routing::prefix::memory;
 
 /// Ticks that a cache's capacity is divided into: what is evicted at once is about this part of it.
 pub(super) const GRAIN: u64 = 256;
@@ -73,7 +73,7 @@ impl Seats {
         Self {
             clocks: (0..count).map(clock).collect(),
             horizons: (0..count).map(|_| AtomicU32::new(0)).collect(),
-            rings: zeroed::counts(count * CELLS as usize),
+            rings: memory::counts(count * CELLS as usize),
         }
     }
 
