@@ -217,6 +217,7 @@ impl Reading<'_> {
         let text = if last { text.split_last().map_or(text, |(_, rest)| rest) } else { text };
         let (chunks, rest) = text.as_chunks::<CHUNK_BYTES>();
         let room = MAX_CHUNKS.saturating_sub(self.prompt.chunks.len());
+        self.prompt.chunks.reserve(chunks.len().min(room));
         for chunk in chunks.iter().take(room) {
             self.push(xxh3_64(chunk));
         }
