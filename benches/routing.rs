@@ -1,2 +1,262 @@
-//! Stub.
-fn main() {}
+//! What a decision costs: hashing a prompt, looking it up, taking it in.
+//!
+//! The goal is 10 µs for a prompt of 12,000 tokens (48 KB) and 16 workers, all together. What is measured is the
+//! thread's CPU time: a decision waits for nothing, so that is its time on a machine of its own, and other
+//! processes on this one do not spoil it.
+
+use std::{hint::black_box, sync::Barrier, time::Duration};
+
+use criterion::{
+    BatchSize, Criterion, criterion_group, criterion_main,
+    measurement::{Measurement, ValueFormatter, WallTime},
+};
+use rustix::time::{ClockId, clock_gettime};
+use vllm_proxy::{
+    routing::{PrefixIndex, Prompt},
+    vllm::{Facts, scan_json},
+};
+
+/// Chunks of a worker's cache of 461,376 tokens.
+const CAPACITY: u64 = 3604;
+
+/// A million blocks at 8 bytes each fill half of it, as the default of 64 MiB would be with eight million.
+const TABLE_BYTES: usize = 16 << 20;
+
+const WORKERS: usize = 16;
+
+/// Chunks of the system prompt that everything shares.
+const SYSTEM: usize = 16;
+
+/// The CPU time of the thread that measures.
+struct CpuTime;
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        cpu_time()
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        cpu_time() - start
+    }
+
+    fn add(&self, one: &Duration, other: &Duration) -> Duration {
+        *one + *other
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        WallTime.to_f64(value)
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    fn chunks(&mut self, count: usize) -> Vec<u64> {
+        (0..count).map(|_| self.next().max(1)).collect()
+    }
+}
+
+/// A chat of so many bytes in several messages, with tools.
+fn chat(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut words = |bytes: usize| -> String {
+        let letter = |byte: u8| char::from(b"etaoin shrdlu cmfwyp"[usize::from(byte) % 20]);
+        let words = std::iter::repeat_with(|| random.next().to_le_bytes()).flatten();
+        words.map(letter).take(bytes).collect()
+    };
+    let tools = format!(r#"[{{"type":"function","function":{{"description":"{}"}}}}]"#, words(bytes / 8));
+    let mut messages = Vec::new();
+    for _ in 0..8 {
+        messages.push(format!(r#"{{"role":"user","content":"{}"}}"#, words(bytes * 7 / 64)));
+    }
+    format!(r#"{{"model":"m","messages":[{}],"tools":{tools}}}"#, messages.join(",")).into_bytes()
+}
+
+/// An index in which a million blocks of others are held, beside which the prompts of the bench are few.
+fn full_index() -> PrefixIndex {
+    let index = PrefixIndex::new(TABLE_BYTES, 1024);
+    let mut random = Random(77);
+    for turn in 0..10_000 {
+        // workers that are not asked, so that nothing of it is evicted
+        index.touch(WORKERS + turn % 32, &random.chunks(100), 1 << 20);
+    }
+    index
+}
+
+fn seats() -> Vec<usize> {
+    (0..WORKERS).collect()
+}
+
+/// What does it cost to hash a prompt, its facts being known? Goal: 4 µs for 48 KB.
+fn hashing(c: &mut Criterion<CpuTime>) {
+    for kib in [4, 48, 512] {
+        let body = chat(1, kib * 1000);
+        let facts = scan_json(&body);
+        let mut prompt = Prompt::default();
+        c.bench_function(&format!("prompt/hash/{kib}KB"), |b| {
+            b.iter(|| {
+                prompt.read(black_box(&body), &facts, "m", 4.0);
+                prompt.chunks().len()
+            });
+        });
+    }
+}
+
+/// What does it cost to ask 16 workers for a prompt of 94 chunks, if all hold it, one holds it, or all hold what
+/// everything begins with? A prompt is another one each time, so that caches are as cold as they are in service.
+fn matching(c: &mut Criterion<CpuTime>) {
+    for (name, holders) in [("all", 0..WORKERS), ("one", 5..6), ("system", 0..0)] {
+        let (index, mut random) = (full_index(), Random(1));
+        let system = random.chunks(SYSTEM);
+        let prompts: Vec<Vec<u64>> =
+            (0..512).map(|_| [&system[..], &random.chunks(94 - SYSTEM)].concat()).collect();
+        (0..WORKERS).for_each(|worker| index.touch(worker, &system, 1 << 20));
+        for prompt in &prompts {
+            holders.clone().for_each(|worker| index.touch(worker, prompt, 1 << 20));
+        }
+        let (seats, mut depths, mut at) = (seats(), Vec::new(), 0);
+        c.bench_function(&format!("index/match_{name}/12k"), |b| {
+            b.iter(|| {
+                at = (at + 1) % prompts.len();
+                index.matched(black_box(&prompts[at]), &seats, &mut depths);
+            });
+        });
+        index.matched(&prompts[0], &seats, &mut depths);
+        let depth = |worker| if holders.contains(&worker) { 94 } else { SYSTEM as u32 };
+        assert_eq!(depths, std::array::from_fn::<u32, WORKERS, _>(depth), "{name}");
+    }
+}
+
+/// What does it cost to take a prompt in: one that is new but for what everything begins with, and one that is
+/// held already?
+fn touching(c: &mut Criterion<CpuTime>) {
+    let index = full_index();
+    let mut random = Random(2);
+    let system = random.chunks(SYSTEM);
+    let mut fresh = move || [&system[..], &random.chunks(94 - SYSTEM)].concat();
+    let prompts: Vec<Vec<u64>> = (0..32).map(|_| fresh()).collect();
+    c.bench_function("index/touch_new/12k", |b| {
+        b.iter_batched(&mut fresh, |prompt| index.touch(3, &prompt, CAPACITY), BatchSize::SmallInput);
+    });
+    let mut at = 0;
+    c.bench_function("index/touch_again/12k", |b| {
+        b.iter(|| {
+            at = (at + 1) % prompts.len();
+            index.touch(4, black_box(&prompts[at]), CAPACITY);
+        });
+    });
+}
+
+/// What is read once per request: a body, and where its prompt is.
+struct Request {
+    body: Vec<u8>,
+    facts: Facts,
+}
+
+fn requests(count: u64) -> Vec<Request> {
+    let request = |seed| {
+        let body = chat(seed, 48_000);
+        Request { facts: scan_json(&body), body }
+    };
+    (0..count).map(request).collect()
+}
+
+/// What a thread decides with.
+#[derive(Default)]
+struct Scratch {
+    prompt: Prompt,
+    depths: Vec<u32>,
+    turn: usize,
+}
+
+impl Scratch {
+    /// Hash, look up, choose the deepest worker (of equals another one each time), take in: what a policy does,
+    /// without its weighing.
+    fn decide(&mut self, index: &PrefixIndex, request: &Request, model: &str, seats: &[usize]) {
+        let Self { prompt, depths, turn } = self;
+        *turn += 1;
+        prompt.read(&request.body, &request.facts, model, 4.0);
+        index.matched(prompt.chunks(), seats, depths);
+        let best = (0..seats.len()).max_by_key(|&at| (depths[at], (at + *turn) % seats.len())).unwrap_or(0);
+        index.touch(seats[best], prompt.chunks(), prompt.chunks_per(461_376));
+    }
+}
+
+/// What does the whole decision cost, with a table of a million blocks, for a prompt that comes again and for one
+/// that has never been seen? Goal: 10 µs for 12,000 tokens.
+fn deciding(c: &mut Criterion<CpuTime>) {
+    let (index, requests, seats, mut scratch) = (full_index(), requests(64), seats(), Scratch::default());
+    c.bench_function("decision/again/12k", |b| {
+        b.iter(|| {
+            let request = &requests[scratch.turn % requests.len()];
+            scratch.decide(&index, request, "m", &seats);
+        });
+    });
+    assert!(scratch.depths.iter().max() >= Some(&90), "it was found: {:?}", scratch.depths);
+    c.bench_function("decision/new/12k", |b| {
+        b.iter(|| {
+            let request = &requests[scratch.turn % requests.len()];
+            // of another model all hashes are others
+            let model = scratch.turn.to_le_bytes().map(|byte| char::from(byte & 127));
+            scratch.decide(&index, request, &String::from_iter(model), &seats);
+        });
+    });
+    assert_eq!(scratch.depths, [0; WORKERS], "it was not found");
+}
+
+/// Do threads hinder each other in one index? CPU time of a decision on the slowest of them: that it is the same on
+/// one and on more means that they do not.
+fn sharing(c: &mut Criterion<CpuTime>) {
+    let (index, requests, seats) = (full_index(), requests(64), seats());
+    for threads in [1_usize, 2, 4] {
+        let run = |times: u64| -> Duration {
+            let barrier = Barrier::new(threads);
+            let work = |thread: usize| {
+                let mut scratch = Scratch::default();
+                barrier.wait();
+                let start = cpu_time();
+                for turn in 0..times {
+                    let request = &requests[(turn as usize * 7 + thread * 13) % requests.len()];
+                    scratch.decide(&index, request, "m", &seats);
+                }
+                cpu_time() - start
+            };
+            std::thread::scope(|scope| {
+                let work = &work;
+                let all: Vec<_> = (0..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+                all.into_iter().filter_map(|thread| thread.join().ok()).max().unwrap_or_default()
+            })
+        };
+        c.bench_function(&format!("decision/shared/{threads}_threads"), |b| b.iter_custom(run));
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().with_measurement(CpuTime);
+    targets = hashing, matching, touching, deciding, sharing
+}
+criterion_main!(benches);

@@ -78,9 +78,12 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(count, vllm::endpoints::TABLE.iter().map(|row| row.label)));
     metrics.set_io_backend(driver.backend());
     metrics.set_dropped_lines(telemetry::log::dropped);
+    let in_use =
+        |row: &routing::Definition| config.routing.policies().any(|policy| policy.0.name == row.name);
+    metrics.set_policies(routing::POLICIES.iter().map(|row| (row.name, in_use(row))));
     let models =
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
-    let registry = Registry::new(config.worker_urls.iter().cloned().map(Into::into), models);
+    let registry = Registry::new(config.workers(), models);
     let fleet = registry.handle();
     let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
     let limits = admin::Limits {
@@ -205,7 +208,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 /// As [`run`]; the fake workers cannot be started; stdout is closed.
 pub fn demo(config: Config) -> anyhow::Result<()> {
     let workers = demo::start_workers(DEMO_WORKERS).context("cannot start the fake workers")?;
-    let config = Config { worker_urls: workers.urls().to_vec(), ..config };
+    let servers = workers.urls().iter().cloned().map(Into::into).collect();
+    let config = Config { worker_urls: servers, ..config };
     run_until_signal(config, |address| {
         let mut out = std::io::stdout();
         let shown = out

@@ -22,8 +22,8 @@
 //! * **Shards** ([`shard`]) own everything on the data path: a listener, the clients that it accepted, the
 //!   connections to workers, the buffers. A shard never blocks, takes no lock and waits for no other thread;
 //!   it reads the newest [`workers::Fleet`] and counts in atomics of its own.
-//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, resolves
-//!   names, and publishes a fleet after every change. It also serves the admin endpoints ([`admin`]) on a
+//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, reads
+//!   workers' metrics, resolves names, and publishes a fleet after every change. It also serves the admin endpoints ([`admin`]) on a
 //!   private socket. To a shard they are one more worker, so they stream, and are given up when the client
 //!   goes, by the very same code.
 //! * **The main thread** starts the others ([`app`]), waits for signals, and ends the process if a shard

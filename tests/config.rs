@@ -114,11 +114,45 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("--health-check-interval-secs", "0", "a number of seconds from 0.01 to 31536000"),
         ("--health-check-interval-secs", "-0.5", "a number of seconds from 0.01 to 31536000"),
         ("--model-refresh-secs", "NaN", "a number of seconds from 0.01 to 31536000"),
+        ("--engine-stats-interval", "0.001", "0, or a number of seconds from 0.01 to 31536000"),
+        ("--engine-stats-interval", "-1", "0, or a number of seconds from 0.01 to 31536000"),
+        ("--data-parallel-size", "0", "a whole number from 1 to 1024"),
+        ("--data-parallel-size", "1025", "a whole number from 1 to 1024"),
         ("--dns-refresh-secs", "inf", "a number of seconds from 0.01 to 31536000"),
         ("--default-model", "", "the name of a model, not empty and not an alias"),
+        ("--policy", "kvaware", "cache_aware, least_requests, round_robin, "),
+        ("--prompt-peek-bytes", "536870913", "a whole number of bytes, not more than --max-body-bytes"),
+        ("--prefix-index-bytes", "1099511627777", "a whole number of bytes from 0 to 2^40"),
+        ("--cache-miss-weight-max", "0.9", "a number from 1 to 100"),
+        ("--model-policy", "a=kv-aware", "model=policy, "),
+        ("--model-policy", "=random", "model=policy, "),
+        ("--hash-load-factor", "0.9", "0, or a number from 1 to 1000"),
+        ("--hash-load-factor", "NaN", "0, or a number from 1 to 1000"),
+        ("--capacity-running-weight", "-1", "a number from 0 to 1000"),
+        ("--capacity-waiting-weight", "inf", "a number from 0 to 1000"),
     ] {
         let line = refused(&[], &["demo", flag, value]);
         assert!(line.starts_with(&format!("{flag}={value}: must be {allowed}")), "{line}");
+    }
+}
+
+#[test]
+fn a_model_has_one_policy_under_its_own_name() {
+    let reason = "must be model=policy, or several of them separated by commas, each model once";
+    let line = refused(&[], &["demo", "--model-policy=a=random,b=random,a=session"]);
+    assert!(line.starts_with(&format!("--model-policy=a=consistent_hash: {reason}")), "{line}");
+    let line = refused(&[], &["demo", "--static-aliases=x:m", "--model-policy=x=random"]);
+    assert!(line.starts_with(&format!("--model-policy=x=random: {reason}")), "{line}");
+    let (value, _) =
+        setting(&[], &["--static-aliases=x:m", "--model-policy", "m=random", "n=p2c"], "model-policy");
+    assert_eq!(value, "m=random,n=p2c");
+}
+
+#[test]
+fn names_that_other_routers_have_for_a_flag_are_read() {
+    assert_eq!(setting(&[], &["--routing-logic", "roundrobin"], "policy").0, "roundrobin");
+    for flag in ["--session-key", "--routing-key-headers"] {
+        assert_eq!(setting(&[], &[flag, "x-flow"], "session-headers").0, "x-flow");
     }
 }
 
@@ -128,8 +162,13 @@ fn limits_themselves_are_allowed() {
         ["--threads", "1024"],
         ["--shutdown-grace-secs", "0"],
         ["--pool-size", "0"],
+        ["--hash-load-factor", "0"],
+        ["--hash-load-factor", "1"],
+        ["--capacity-waiting-weight", "0"],
         ["--health-check-interval-secs", "0.01"],
         ["--max-body-bytes", "9223372036854775807"],
+        ["--engine-stats-interval", "0"],
+        ["--data-parallel-size", "1024"],
         ["--write-timeout-secs", "31536000"],
     ] {
         assert!(Config::from_flags(flags).is_ok(), "{flags:?}");
@@ -146,11 +185,55 @@ fn worker_urls_and_static_backends_are_one_list() {
         &["--worker-urls=http://a", "--worker-urls=http://b"],
     ] {
         let config = Config::from_flags(flags.iter().copied()).unwrap();
-        let urls: Vec<_> = config.worker_urls.iter().map(|url| url.as_str()).collect();
+        let urls: Vec<_> = config.worker_urls.iter().map(|server| server.url.as_str()).collect();
         assert_eq!(urls, ["http://a:80", "http://b:80"], "{flags:?}");
     }
     let (urls, _) = setting(&[("VLLM_PROXY_WORKER_URLS", "http://a,http://b")], &[], "worker-urls");
     assert_eq!(urls, "http://w:1", "a flag replaces the environment's list, it does not add to it");
+}
+
+#[test]
+fn what_is_said_of_a_worker_stands_behind_its_url_and_is_shown() {
+    let flags =
+        ["--worker-urls", "http://a#priority=10&cost=0.5&max_concurrent_requests=8,http://b", "http://b:80"];
+    let config = Config::from_flags(flags).unwrap();
+    let traits: Vec<_> =
+        config.worker_urls.iter().map(|server| (server.traits.priority, server.traits.cost)).collect();
+    assert_eq!(traits, [(10, 0.5), (0, 1.0)]);
+    let (urls, _) = setting(&[], &flags, "worker-urls");
+    assert_eq!(urls, "http://w:1,http://a:80#priority=10&cost=0.5&max_concurrent_requests=8,http://b:80");
+}
+
+#[test]
+fn what_cannot_be_said_of_a_worker_is_refused_in_one_line() {
+    for (worker, named) in [
+        ("http://a#cost=0", "`cost=0` behind the `#` of a worker: cost must be a number greater than 0"),
+        ("http://a#prio=1", "`prio=1` behind the `#` of a worker: what may stand there is priority=…"),
+        ("http://a#cost=2&cost=2", "`cost=2` behind the `#` of a worker: it stands there twice"),
+    ] {
+        let line = refused(&[], &["--worker-urls", worker]);
+        assert!(line.starts_with(&format!("--worker-urls={worker}: must be http://host")), "{line}");
+        assert!(line.contains(named), "{line}");
+    }
+    let line = refused(&[], &["--worker-urls", "http://a#cost=2,http://b,http://a"]);
+    assert!(
+        line.starts_with("--worker-urls=http://a:80: must be ") && line.contains("same attributes"),
+        "{line}"
+    );
+}
+
+#[test]
+fn every_rank_of_every_server_is_a_worker() {
+    for flag in ["--data-parallel-size", "--intra-node-data-parallel-size"] {
+        let config = Config::from_flags(["--worker-urls", "http://a,http://b", flag, "2"]).unwrap();
+        let workers: Vec<_> =
+            config.workers().map(|worker| (worker.url.host().to_owned(), worker.rank)).collect();
+        let a = |rank| ("a".to_owned(), Some(rank));
+        let b = |rank| ("b".to_owned(), Some(rank));
+        assert_eq!(workers, [a(0), a(1), b(0), b(1)]);
+    }
+    let config = Config::from_flags(["--worker-urls", "http://a"]).unwrap();
+    assert!(config.workers().all(|worker| worker.rank.is_none()));
 }
 
 #[test]

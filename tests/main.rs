@@ -42,6 +42,8 @@ mod places;
 mod policies;
 /// Any split of the bytes parses alike.
 mod properties;
+/// Data-parallel ranks of a server, and what workers and operators say of workers.
+mod ranks;
 /// README and `--help` say what the code says.
 mod readme;
 /// HTTP/1.1 a second time, naively.

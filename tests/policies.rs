@@ -1,7 +1,11 @@
 //! Who gets a request, policy by policy, seen from outside: how requests spread, who stays where, what gives way
 //! under load and when a worker is lost. The defects of other routers that begin here (`peers.md` §7) are named.
 
-use crate::support::{Gate, Proxy, Variant, Worker, client, eventually, proxy, variants, worker};
+use crate::support::{
+    Gate, Proxy, Variant, Worker, answer, client, eventually, json_answer, proxy, script, sse_event,
+    variants, worker,
+    worker::{chunk, sse_end, sse_head},
+};
 
 /// A chat whose prompt is long enough to be known again: a system text of some kilobytes, then `turns`.
 fn chat(system: &str, turns: &[&str]) -> String {
@@ -261,5 +265,80 @@ variants! {
         let got: Vec<_> = workers.iter().flat_map(Worker::requests).collect();
         assert_eq!(got.len(), 4);
         assert!(got.iter().all(|request| request.body == body.as_bytes()));
+    }
+
+    fn a_prompt_is_queued_until_its_first_token(v: Variant) {
+        let (first, last) = (Gate::new(), Gate::new());
+        let stream = script().send(sse_head()).wait(&first).send(sse_event("he")).wait(&last).send(sse_event("llo")).send(sse_end());
+        let worker = worker().on("/v1/chat/completions", stream).start();
+        let proxy = proxy(v).worker(&worker).start();
+        let tokens = || {
+            let read = |name| proxy.metric(name).unwrap_or(-1.0) as i64;
+            (read("vllm_proxy_worker_queued_tokens"), read("vllm_proxy_worker_decode_tokens"))
+        };
+        let mut client = proxy.client();
+        let prompt = chat("You stream", &["go"]).replacen('{', r#"{"stream":true,"#, 1);
+        client.send(client::post("/v1/chat/completions", prompt));
+        client.read_until("\r\n\r\n");
+        eventually("it is queued", || first.waiting() == 1);
+        let (queued, decoding) = tokens();
+        assert!(queued > 400 && decoding == 0, "{queued} {decoding}");
+        first.open();
+        client.read_until("he");
+        assert_eq!(tokens(), (0, queued), "the first event is the first token");
+        last.open();
+        client.read_until("[DONE]");
+        eventually("nothing is left", || tokens() == (0, 0));
+    }
+
+    fn what_an_answer_reports_is_counted_and_learnt(v: Variant) {
+        let usage = r#"{"id":"c","choices":[],"usage":{"prompt_tokens":1000,"total_tokens":1005,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":250}},"prompt_logprobs":null}"#;
+        let event = format!("data: {usage}\n\n");
+        let streamed = script().send(sse_head()).send(sse_event("x")).send(chunk(event)).send(sse_end());
+        let worker = worker()
+            .on("/v1/completions", script().send(json_answer(usage)))
+            .on("/v1/chat/completions", streamed)
+            .start();
+        let proxy = proxy(v).worker(&worker).start();
+        let read = |name: &str| proxy.metric(name).unwrap_or(-1.0);
+        let prompt = serde_json::json!({"model": "m", "prompt": "z".repeat(2000)}).to_string();
+        proxy.post("/v1/completions", &prompt).expect(200);
+        eventually("it is counted", || read("vllm_proxy_worker_reported_prompt_tokens_total") == 1000.0);
+        assert_eq!(read("vllm_proxy_worker_reported_cached_tokens_total"), 250.0);
+        let before = read("vllm_proxy_worker_prompt_tokens_total");
+        assert!((490.0..=510.0).contains(&before), "four bytes are a token until more is known: {before}");
+        // two connections may be two shards, which learn as one
+        proxy.post("/v1/completions", &prompt).expect(200);
+        let after = read("vllm_proxy_worker_prompt_tokens_total") - before;
+        assert!((990.0..=1010.0).contains(&after), "two bytes are a token: {after}");
+        assert!(read("vllm_proxy_worker_predicted_cached_tokens_total") > 500.0);
+        proxy.post("/v1/chat/completions", chat("You stream", &["go"])).expect(200);
+        eventually("the stream is counted", || read("vllm_proxy_worker_reported_prompt_tokens_total") == 3000.0);
+    }
+
+    fn a_load_that_an_answer_tells_is_taken_over(v: Variant) {
+        let told = "endpoint-load-metrics: JSON {\"named_metrics\": {\"num_requests_waiting\": 7.0, \"kv_cache_usage_perc\": 0.5}}\r\n";
+        let answer = answer("200 OK", "application/json", told, "{}");
+        let worker = worker().on("/v1/chat/completions", script().send(answer)).start();
+        let proxy = proxy(v).arg("--engine-stats-interval", "0").worker(&worker).start();
+        proxy.client().chat("m").expect(200);
+        assert_eq!(proxy.metric("vllm_proxy_worker_engine_waiting"), Some(7.0));
+    }
+
+    fn every_choice_is_counted_by_its_policy(v: Variant) {
+        let workers = [worker().model("a").start(), worker().model("b").start()];
+        let proxy = workers.iter().fold(proxy(v).arg("--model-policy", "b=random"), |proxy, worker| proxy.worker(worker)).start();
+        for model in ["a", "b", "b"] {
+            proxy.client().chat(model).expect(200);
+        }
+        let count = |worker: &Worker, policy: &str| {
+            let text = proxy.get("/metrics").text().to_owned();
+            let line = text.lines().find(|line| {
+                line.starts_with("vllm_proxy_worker_selections") && line.contains(&worker.url()) && line.contains(policy)
+            });
+            line.map(|line| line.rsplit(' ').next().unwrap().to_owned())
+        };
+        assert_eq!(count(&workers[0], "cache_aware").as_deref(), Some("1"));
+        assert_eq!(count(&workers[1], "random").as_deref(), Some("2"));
     }
 }

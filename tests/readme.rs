@@ -3,6 +3,7 @@ use std::{env, fmt::Write, fs, path::PathBuf};
 use clap::{Arg, Command};
 use vllm_proxy::{
     config::definition,
+    routing::POLICIES,
     vllm::{ModelSource, Treatment, endpoints::TABLE},
 };
 
@@ -40,6 +41,22 @@ fn readme_lists_every_flag() {
 #[test]
 fn readme_lists_every_route() {
     agrees("README.md", |readme| with_section(readme, "routes", &routes()));
+}
+
+#[test]
+fn readme_lists_every_policy() {
+    agrees("README.md", |readme| with_section(readme, "policies", &policies()));
+}
+
+/// A table of the policies and of all names that they can be set by.
+fn policies() -> String {
+    let mut out = String::from("| policy | chooses | also accepted as |\n|---|---|---|\n");
+    for row in POLICIES {
+        let aliases: Vec<String> = row.aliases.iter().map(|alias| format!("`{alias}`")).collect();
+        writeln!(out, "| `{}` | {} | {} |", row.name, row.summary, aliases.join(" "))
+            .expect("a String takes it");
+    }
+    out
 }
 
 /// A table of what is done with vLLM's paths, from the table of endpoints.

@@ -2,7 +2,8 @@
 //!
 //! The request goes to every worker of its model at once, and the row of vLLM's table says how one answer is made
 //! of theirs. Workers that are down are left out unless all are. A worker that cannot be reached fails a request
-//! that changes something; of one that only reads, the others' answers are enough.
+//! that changes something; of one that only reads, the others' answers are enough. A server with data-parallel
+//! ranks is asked once: it passes the request on to its engines itself.
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,7 +47,7 @@ fn build(router: Router<Arc<Admin>>) -> Router<Arc<Admin>> {
     TABLE.iter().fold(router, |router, row| match (row.treatment, methods(row.methods)) {
         (Treatment::Broadcast(rule), Some(filter)) => {
             let handler = move |State(admin): State<Arc<Admin>>, request: Request| async move {
-                broadcast(&admin, rule, request).await
+                broadcast(&admin, rule, row.empties_cache, request).await
             };
             let route: MethodRouter<Arc<Admin>> = on(filter, handler);
             router.route(row.path, route)
@@ -55,7 +56,7 @@ fn build(router: Router<Arc<Admin>>) -> Router<Arc<Admin>> {
     })
 }
 
-async fn broadcast(admin: &Admin, rule: Aggregate, request: Request) -> Response {
+async fn broadcast(admin: &Admin, rule: Aggregate, empties_cache: bool, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let limit = REQUEST_BYTES.min(admin.limits.body_bytes);
     let body = match control::collect(body, limit).await {
@@ -64,13 +65,18 @@ async fn broadcast(admin: &Admin, rule: Aggregate, request: Request) -> Response
         Err(_) => return respond::broken_request(),
     };
     let model = model(&body);
-    let workers = admin.workers(model.as_deref());
+    let workers = admin.servers(model.as_deref());
     if workers.is_empty() {
         return respond::no_worker();
     }
     let headers = fields(&head.headers);
     let asked = workers.iter().map(|worker| ask(worker, &head.method, &head.uri, &headers, &body));
     let answers = join_all(asked).await;
+    if empties_cache {
+        // Also when another worker fails: each that has done it believes what it was told.
+        let done = workers.iter().zip(&answers).filter(|(_, answer)| has_done(answer));
+        done.for_each(|(worker, _)| worker.cache_lost());
+    }
     if changes_models(head.uri.path()) {
         // Whoever loads an adapter uses it with the next request.
         join_all(workers.iter().map(|worker| admin.control.learn_again(worker))).await;
@@ -93,6 +99,18 @@ async fn ask(worker: &Worker, method: &Method, uri: &Uri, headers: &HeaderMap, b
             Err((name, error))
         }
     }
+}
+
+/// Whether the worker says that it has done what it was asked: `/reset_prefix_cache` of a busy one answers 200
+/// and `{"success":false}`.
+fn has_done(answer: &Answer) -> bool {
+    #[derive(Deserialize)]
+    struct Done {
+        success: Option<Value>,
+    }
+    let Ok((_, 200..300, body)) = answer else { return false };
+    let success = serde_json::from_slice(body).ok().and_then(|done: Done| done.success);
+    success != Some(Value::Bool(false))
 }
 
 /// The answers that count, failures as the errors they would be for a client.
@@ -147,6 +165,14 @@ mod tests {
         for body in ["", "[]", "{}", r#"{"model":""}"#, r#"{"model":5}"#, "\u{feff}{"] {
             assert_eq!(model(body.as_bytes()), None, "{body}");
         }
+    }
+
+    #[test]
+    fn only_a_2xx_that_does_not_deny_it_is_done() {
+        let done = |status, body: &str| has_done(&Ok(("a".to_owned(), status, body.as_bytes().to_vec())));
+        assert!(done(200, r#"{"success":true}"#) && done(200, "") && done(202, "[1]") && done(200, "{}"));
+        assert!(!done(200, r#"{"success":false}"#) && !done(500, r#"{"success":true}"#));
+        assert!(!has_done(&Err(("a".to_owned(), AttemptError::Late))));
     }
 
     #[test]

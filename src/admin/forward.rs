@@ -8,12 +8,13 @@ use std::{
 
 use axum::{
     body::{Body, Bytes, HttpBody},
-    http::{HeaderMap, HeaderName, Request, Response, header, request},
+    http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header, request},
 };
 use hyper::body::{Frame, SizeHint};
 
 use crate::admin::Admin;
 use crate::control::{self, AttemptError};
+use crate::vllm::RANK_FIELD;
 use crate::workers::{Demand, Health, InFlight, Worker};
 
 /// Fields that concern one connection only (RFC 9110 §7.6.1), and `Expect`, which the shard has dealt with.
@@ -42,6 +43,9 @@ pub(super) async fn forward(
 ) -> Result<Response<Body>, AttemptError> {
     let in_flight = InFlight::begin(worker.clone(), Demand::default());
     clean(request.headers_mut());
+    if let Some(rank) = worker.rank().and_then(|rank| HeaderValue::from_str(rank).ok()) {
+        request.headers_mut().insert(RANK_FIELD, rank);
+    }
     let sent = control::send(worker, request, admin.limits.connect).await;
     let mut response = sent.inspect_err(|error| failed(worker, error))?;
     clean(response.headers_mut());
@@ -58,7 +62,7 @@ pub(super) fn copy(parts: &request::Parts, body: Body) -> Request<Body> {
 /// when it is back.
 pub(super) fn failed(worker: &Worker, error: &AttemptError) {
     worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
-    tracing::debug!(worker = %worker.url(), %error, "attempt of an admin request failed");
+    tracing::debug!(worker = worker.name(), %error, "attempt of an admin request failed");
     if matches!(error, AttemptError::Connect(_)) && worker.usable() {
         worker.set_health(Health::Down);
     }
@@ -109,7 +113,6 @@ impl HttpBody for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::http::HeaderValue;
 
     #[test]
     fn fields_of_one_connection_do_not_cross_and_the_rest_keeps_its_order() {

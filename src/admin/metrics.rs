@@ -1,6 +1,9 @@
 //! `GET /metrics`: the process's own metrics.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use axum::{
     Router,
@@ -39,12 +42,27 @@ async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Respons
 
 fn sample(worker: &Worker) -> WorkerSample {
     let counters = worker.counters();
+    let engine = worker.engine();
+    let load = worker.load();
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     WorkerSample {
         worker: worker.name().to_owned(),
         healthy: worker.usable(),
         in_flight: worker.in_flight(),
-        attempts: counters.attempts.load(Ordering::Relaxed),
-        transport_errors: counters.transport_errors.load(Ordering::Relaxed),
-        connects: counters.connects.load(Ordering::Relaxed),
+        attempts: read(&counters.attempts),
+        transport_errors: read(&counters.transport_errors),
+        connects: read(&counters.connects),
+        queued_tokens: load.queued_tokens,
+        decode_tokens: load.decode_tokens,
+        engine_running: engine.running(),
+        engine_waiting: engine.waiting(),
+        kv_usage: engine.kv_usage(),
+        cache_tokens: engine.cache_tokens(),
+        foreign: engine.foreign(),
+        prompt_tokens: read(&counters.prompt_tokens),
+        predicted_cached_tokens: read(&counters.predicted_cached_tokens),
+        reported_prompt_tokens: read(&counters.reported_prompt_tokens),
+        reported_cached_tokens: read(&counters.reported_cached_tokens),
+        selections: counters.selections.iter().map(read).collect(),
     }
 }

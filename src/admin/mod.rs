@@ -141,16 +141,25 @@ fn methods(names: &[&str]) -> Option<MethodFilter> {
 }
 
 impl Admin {
-    /// The workers to ask: those that are usable, or all if none is; `of` says which model they must have.
-    fn workers(&self, of: Option<&str>) -> Vec<Arc<Worker>> {
+    /// The servers to ask, by the workers that lead them: those that are usable, or all if none is; `of` says
+    /// which model they must have.
+    fn servers(&self, of: Option<&str>) -> Vec<Arc<Worker>> {
         let fleet = self.control.fleet().load();
         let positions = match of.map(|model| fleet.resolve(Some(model))) {
             Some(Resolved::Workers { workers, .. }) => workers.to_vec(),
             Some(Resolved::Unknown) | None => (0..fleet.workers.len()).collect(),
         };
         let all = positions.into_iter().filter_map(|at| fleet.workers.get(at).cloned());
+        let all = all.filter(|worker| worker.leads());
         let (usable, others): (Vec<_>, Vec<_>) = all.partition(|worker| worker.usable());
         if usable.is_empty() { others } else { usable }
+    }
+
+    /// The least busy rank of the server that `lead` leads.
+    fn least_busy(&self, lead: Arc<Worker>) -> Arc<Worker> {
+        let fleet = self.control.fleet().load();
+        let ranks = fleet.workers.iter().filter(|worker| worker.shares_server(&lead));
+        ranks.min_by_key(|worker| worker.in_flight()).cloned().unwrap_or(lead)
     }
 }
 

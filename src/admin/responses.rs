@@ -79,7 +79,7 @@ async fn continued(State(admin): State<Arc<Admin>>, request: Request) -> Respons
         && let Asked::Holder(holder, answer) = ask(&admin, &question).await
     {
         drop(answer);
-        return send_on(&admin, &holder, copy(&head, Body::from(body))).await;
+        return send_on(&admin, &admin.least_busy(holder), copy(&head, Body::from(body))).await;
     }
     for worker in workers {
         match forward(&admin, &worker, copy(&head, Body::from(body.clone()))).await {
@@ -104,11 +104,11 @@ enum Asked {
     Nobody(Response),
 }
 
-/// Sends the head, without a body, to all usable workers. The first answer that is neither a 404 nor a 5xx
+/// Sends the head, without a body, to all usable servers (their ranks share what is stored). The first answer that is neither a 404 nor a 5xx
 /// decides; the others are dropped. Without one, a 5xx or a silence comes before a 404, because it may be the
 /// holder's; a worker that cannot be reached holds nothing any more.
 async fn ask(admin: &Admin, head: &request::Parts) -> Asked {
-    let workers = admin.workers(None);
+    let workers = admin.servers(None);
     let mut asked: FuturesUnordered<_> = workers
         .iter()
         .map(|worker| async move {
@@ -180,7 +180,8 @@ fn candidates(admin: &Admin, facts: &Facts, body: Bytes) -> (Vec<Arc<Worker>>, B
         Resolved::Workers { rename, .. } => rename,
         Resolved::Unknown => None,
     };
-    let mut workers = admin.workers(name.as_deref().filter(|name| !name.is_empty()));
+    let servers = admin.servers(name.as_deref().filter(|name| !name.is_empty()));
+    let mut workers: Vec<_> = servers.into_iter().map(|lead| admin.least_busy(lead)).collect();
     workers.sort_by_key(|worker| worker.in_flight());
     let edit = rename.and_then(|rename| facts.rename(rename));
     let body = match edit {

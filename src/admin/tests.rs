@@ -11,7 +11,7 @@ use crate::control::{
     Handle, Parts, Settings,
     fake::{Asked, Fake, eventually, json, list},
 };
-use crate::workers::{FleetHandle, Health, ModelSettings, Registry, WorkerUrl};
+use crate::workers::{FleetHandle, Health, ModelSettings, Registry, WorkerSpec, WorkerUrl};
 use axum::body::Bytes;
 use axum::http::StatusCode;
 
@@ -53,14 +53,19 @@ impl Running {
     }
 
     fn at(urls: Vec<WorkerUrl>, models: ModelSettings, body_bytes: usize) -> Self {
+        Self::of(urls.into_iter().map(Into::into).collect(), models, body_bytes)
+    }
+
+    fn of(specs: Vec<WorkerSpec>, models: ModelSettings, body_bytes: usize) -> Self {
         let settings = Settings {
             health_check_interval_secs: 3600.0,
             health_check_timeout_secs: 2.0,
             model_refresh_secs: 3600.0,
             dns_refresh_secs: 3600.0,
+            engine_stats_interval: 0.0,
             worker_api_key: None,
         };
-        let registry = Registry::new(urls.into_iter().map(Into::into), models);
+        let registry = Registry::new(specs, models);
         let fleet = registry.handle();
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let admin = listener.local_addr().unwrap();
@@ -180,6 +185,7 @@ fn a_broadcast_reaches_every_worker_with_query_body_and_key() {
     let want = Asked {
         line: "POST /sleep?level=1".to_owned(),
         key: Some("Bearer k".to_owned()),
+        rank: None,
         body: Bytes::from_static(br#"{"tags":null}"#),
     };
     for worker in &workers {
@@ -469,4 +475,66 @@ fn a_client_that_goes_away_in_a_stream_takes_it_along() {
     drop(client);
     worker.gone.recv_timeout(Duration::from_secs(10)).unwrap();
     eventually("nothing is in flight", || running.fleet.load().workers[0].in_flight() == 0);
+}
+
+#[test]
+fn a_broadcast_reaches_a_server_once_however_many_ranks_it_has() {
+    let servers = [0, 1].map(|_| {
+        Fake::scripted(|asked| match &asked.line[..] {
+            "GET /load" => Some(json(200, r#"{"server_load":3}"#)),
+            "POST /sleep" => Some(json(200, r#"{"status":"sleeping"}"#)),
+            _ => None,
+        })
+    });
+    let specs = servers.iter().flat_map(|server| server.ranks(2)).collect();
+    let running = Running::of(specs, ModelSettings::default(), 1 << 20);
+    assert_eq!(running.get("/load").body, r#"{"server_load":6}"#);
+    assert_eq!(running.ask("POST /sleep", "", "").status, 200);
+    for server in &servers {
+        assert_eq!((server.count("GET /load"), server.count("POST /sleep")), (1, 1));
+    }
+}
+
+#[test]
+fn who_has_emptied_its_cache_has_lost_it_and_nobody_else_has() {
+    let does = Fake::scripted(|asked| match &asked.line[..] {
+        "POST /reset_prefix_cache" => Some(json(200, r#"{"success":true}"#)),
+        "POST /reset_mm_cache" | "POST /sleep" => Some(json(200, "")),
+        _ => None,
+    });
+    let busy = Fake::scripted(|asked| match &asked.line[..] {
+        "POST /reset_prefix_cache" => Some(json(200, r#"{"success":false}"#)),
+        "POST /reset_mm_cache" => Some(json(200, "")),
+        _ => None,
+    });
+    let running = Running::start(&[&does, &busy]);
+    let generations = || {
+        let fleet = running.fleet.load();
+        [0, 1].map(|at| fleet.workers[at].cache_generation())
+    };
+    assert_eq!(generations(), [0, 0]);
+    assert_eq!(running.ask("POST /reset_prefix_cache", "", "").body, r#"{"success":false}"#);
+    assert_eq!(generations(), [1, 0], "one was too busy");
+    assert_eq!(running.ask("POST /reset_mm_cache", "", "").status, 200);
+    assert_eq!(generations(), [1, 0], "another cache");
+    assert_eq!(running.ask("POST /sleep", "", "").status, 200, "a 404 is left out");
+    assert_eq!(generations(), [2, 0], "one has slept, the other does not know how");
+}
+
+#[test]
+fn a_stored_response_is_looked_for_once_per_server_and_continued_on_its_idlest_rank() {
+    let (holder, stranger) = (holder(), stranger());
+    let specs = [&stranger, &holder].iter().flat_map(|server| server.ranks(2)).collect();
+    let running = Running::of(specs, ModelSettings::default(), 1 << 20);
+    assert_eq!(running.get("/v1/responses/resp_1").body, STORED);
+    assert_eq!(holder.count("GET /v1/responses/resp_1"), 1);
+    assert!(stranger.count("GET /v1/responses/resp_1") <= 1);
+    let first = running.fleet.load().workers[2].clone();
+    let _busy = crate::workers::InFlight::begin(first, crate::workers::Demand::default());
+    let body = r#"{"previous_response_id":"resp_1"}"#;
+    let answer = running.ask("POST /v1/responses", "x-data-parallel-rank: 7\r\n", body);
+    assert_eq!((answer.status, &answer.body[..]), (200, body));
+    let asked = holder.asked();
+    let continued: Vec<_> = asked.iter().filter(|asked| asked.line == "POST /v1/responses").collect();
+    assert_eq!(continued.iter().map(|asked| asked.rank.as_deref()).collect::<Vec<_>>(), [Some("1")]);
 }

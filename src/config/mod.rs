@@ -11,7 +11,7 @@ mod cli;
 mod rules;
 mod show;
 
-use crate::{control, proxy, routing, shard, telemetry::log, upstream, workers::WorkerUrl};
+use crate::{control, proxy, routing, shard, telemetry::log, upstream, workers::WorkerSpec};
 
 pub use cli::{Command, Refused, command, definition};
 pub use rules::Invalid;
@@ -25,9 +25,22 @@ pub use rules::Invalid;
 )]
 pub struct Config {
     /// The vLLM servers, as `http://host[:port][/prefix]`, separated by commas, on the command line also by
-    /// spaces; one that is named twice is one server
-    #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL", value_parser = worker_url)]
-    pub worker_urls: Vec<WorkerUrl>,
+    /// spaces; one that is named twice is one server. What is to be known of one stands behind it, as
+    /// `#priority=10&cost=0.5&max_concurrent_requests=8`: a higher priority is used first, a cost of 2 gets half
+    /// of what a cost of 1 gets
+    #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL", value_parser = worker)]
+    pub worker_urls: Vec<WorkerSpec>,
+
+    /// Data-parallel ranks of every server: with more than 1, each rank counts as a worker of its own, and
+    /// requests carry `X-data-parallel-rank`
+    #[arg(
+        long,
+        visible_alias = "intra-node-data-parallel-size",
+        env = "VLLM_PROXY_DATA_PARALLEL_SIZE",
+        default_value_t = 1,
+        value_name = "RANKS"
+    )]
+    pub data_parallel_size: u32,
 
     /// Model names of our own, as alias:model; the model's name is what workers are sent
     #[arg(long, env = "VLLM_PROXY_STATIC_ALIASES", num_args = 1.., value_delimiter = ',', value_name = "ALIAS:MODEL", value_parser = alias)]
@@ -62,7 +75,14 @@ pub struct Config {
     pub log: log::Settings,
 }
 
-fn worker_url(text: &str) -> Result<WorkerUrl, String> {
+impl Config {
+    /// The workers: every server, or every rank of every server, in the order of configuration.
+    pub fn workers(&self) -> impl Iterator<Item = WorkerSpec> {
+        self.worker_urls.iter().cloned().flat_map(|server| server.ranks(self.data_parallel_size))
+    }
+}
+
+fn worker(text: &str) -> Result<WorkerSpec, String> {
     let text = text.trim();
     if text.contains(char::is_whitespace) {
         return Err("commas separate URLs, not spaces".to_owned());

@@ -9,7 +9,6 @@ use std::{
 use thiserror::Error;
 
 use super::Config;
-use crate::routing::ModelPolicy;
 
 /// A year. Longer times have no use, and sums with them must not overflow.
 const MAX_SECONDS: u64 = 31_536_000;
@@ -20,12 +19,16 @@ const MIN_INTERVAL_SECONDS: f64 = 0.01;
 /// More shards than any machine has cores is a slip of the pen.
 const MAX_SHARDS: usize = 1024;
 
+/// More data-parallel ranks than any vLLM server has.
+const MAX_RANKS: u32 = 1024;
+
 /// Idle connections per shard and worker; the ports of one address are 65,536.
 const MAX_POOL: usize = 65_536;
 
 const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
 const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
 const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
+const INTERVAL_OR_ZERO: &str = "0, or a number of seconds from 0.01 to 31536000";
 const POLICY: &str =
     "cache_aware, least_requests, round_robin, random, power_of_two, capacity, consistent_hash";
 const SWITCH: &str = "true or false";
@@ -55,7 +58,8 @@ pub struct Invalid {
 /// One row per setting that takes a value.
 #[rustfmt::skip]
 pub(super) const RULES: &[Rule] = &[
-    Rule { id: "worker_urls", allowed: "http://host[:port][/prefix], or several of them separated by commas", check: |_| Ok(()) },
+    Rule { id: "worker_urls", allowed: "http://host[:port][/prefix][#attributes], or several of them separated by commas, with the same attributes for the same URL", check: worker_urls },
+    Rule { id: "data_parallel_size", allowed: "a whole number from 1 to 1024", check: |c| within(c.data_parallel_size, 1..=MAX_RANKS) },
     Rule { id: "static_aliases", allowed: "alias:model, or several of them separated by commas, with one model for each alias", check: aliases },
     Rule { id: "default_model", allowed: "the name of a model, not empty and not an alias", check: default_model },
 
@@ -93,6 +97,7 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "health_check_timeout_secs", allowed: INTERVAL, check: |c| interval(c.control.health_check_timeout_secs) },
     Rule { id: "model_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.model_refresh_secs) },
     Rule { id: "dns_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.dns_refresh_secs) },
+    Rule { id: "engine_stats_interval", allowed: INTERVAL_OR_ZERO, check: |c| interval_or_zero(c.control.engine_stats_interval) },
     Rule { id: "worker_api_key", allowed: "visible ASCII characters", check: worker_api_key },
 
     Rule { id: "verbosity", allowed: "1, Loud, Verbose, Debug, Info, Warning, 0, Quiet or Error", check: |_| Ok(()) },
@@ -117,7 +122,7 @@ impl Config {
             check(&self).map_err(|value| Invalid { id, value, allowed })?;
         }
         let mut seen = HashSet::new();
-        self.worker_urls.retain(|url| seen.insert(url.clone()));
+        self.worker_urls.retain(|server| seen.insert(server.url.clone()));
         Ok(self)
     }
 }
@@ -129,6 +134,20 @@ fn within<T: PartialOrd + Display>(value: T, allowed: RangeInclusive<T>) -> Resu
 /// NaN is in no range.
 fn interval(seconds: f64) -> Result<(), String> {
     within(seconds, MIN_INTERVAL_SECONDS..=MAX_SECONDS as f64)
+}
+
+fn interval_or_zero(seconds: f64) -> Result<(), String> {
+    if seconds == 0.0 { Ok(()) } else { interval(seconds) }
+}
+
+fn worker_urls(config: &Config) -> Result<(), String> {
+    let mut traits = HashMap::new();
+    for server in &config.worker_urls {
+        if traits.insert(&server.url, &server.traits).is_some_and(|other| *other != server.traits) {
+            return Err(server.to_string());
+        }
+    }
+    Ok(())
 }
 
 fn aliases(config: &Config) -> Result<(), String> {
@@ -152,9 +171,10 @@ fn default_model(config: &Config) -> Result<(), String> {
 
 /// The proxy asks by the model's own name, so an alias would never be found.
 fn model_policy(config: &Config) -> Result<(), String> {
-    let twice = config.routing.twice();
-    let is_alias = |of: &&ModelPolicy| config.static_aliases.iter().any(|(alias, _)| *alias == of.model);
-    match twice.or_else(|| config.routing.model_policy.iter().find(is_alias)) {
+    let settings = &config.routing;
+    let mut own = settings.model_policy.iter();
+    let alias = own.find(|of| config.static_aliases.iter().any(|(alias, _)| *alias == of.model));
+    match settings.twice().or(alias) {
         Some(of) => Err(format!("{}={}", of.model, of.policy)),
         None => Ok(()),
     }

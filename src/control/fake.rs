@@ -29,6 +29,8 @@ pub(crate) struct Asked {
     pub(crate) line: String,
     /// Value of `authorization`.
     pub(crate) key: Option<String>,
+    /// Value of `x-data-parallel-rank`.
+    pub(crate) rank: Option<String>,
     /// Its body.
     pub(crate) body: Bytes,
 }
@@ -39,6 +41,8 @@ pub(crate) struct Settings {
     pub(crate) health: AtomicU16,
     /// Body of `/v1/models`, and its status.
     pub(crate) models: Mutex<(u16, String)>,
+    /// Body of `/metrics`, and its status.
+    pub(crate) metrics: Mutex<(u16, String)>,
     /// Answers that never come and whose clients are still there.
     pub(crate) hanging: AtomicUsize,
     asked: Mutex<Vec<Asked>>,
@@ -94,6 +98,7 @@ impl Fake {
         let settings = Arc::new(Settings {
             health: AtomicU16::new(200),
             models: Mutex::new((200, list(&["m"]))),
+            metrics: Mutex::new((404, r#"{"detail":"Not Found"}"#.to_owned())),
             hanging: AtomicUsize::new(0),
             asked: Mutex::default(),
             script,
@@ -138,6 +143,18 @@ impl Fake {
     }
 }
 
+impl Fake {
+    /// Status 0: it never answers.
+    pub(crate) fn set_metrics(&self, status: u16, body: &str) {
+        *self.settings.metrics.lock().unwrap() = (status, body.to_owned());
+    }
+
+    /// It as so many data-parallel ranks.
+    pub(crate) fn ranks(&self, count: u32) -> Vec<crate::workers::WorkerSpec> {
+        crate::workers::WorkerSpec::from(self.url()).ranks(count).collect()
+    }
+}
+
 impl Drop for Fake {
     fn drop(&mut self) {
         drop(self.stop.take());
@@ -152,11 +169,12 @@ impl Drop for Fake {
 async fn answer(State(settings): State<Arc<Settings>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let target = head.uri.path_and_query().unwrap().as_str();
-    let key = head.headers.get(header::AUTHORIZATION).map(|key| key.to_str().unwrap().to_owned());
+    let field = |name: &str| head.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
+    let (key, rank) = (field("authorization"), field("x-data-parallel-rank"));
     let Ok(body) = axum::body::to_bytes(body, 1 << 20).await else {
         return StatusCode::BAD_REQUEST.into_response();
     };
-    let asked = Asked { line: format!("{} {target}", head.method), key, body };
+    let asked = Asked { line: format!("{} {target}", head.method), key, rank, body };
     settings.asked.lock().unwrap().push(asked.clone());
     if let Some(response) = settings.script.as_ref().and_then(|script| script(&asked)) {
         // 418 stands for an answer that never comes.
@@ -173,6 +191,13 @@ async fn answer(State(settings): State<Arc<Settings>>, request: Request) -> Resp
         "/v1/models" => {
             let (status, body) = settings.models.lock().unwrap().clone();
             json(status, body)
+        }
+        "/metrics" => {
+            let (status, body) = settings.metrics.lock().unwrap().clone();
+            match status {
+                0 => hang(settings).await,
+                _ => json(status, body),
+            }
         }
         "/version" => json(200, r#"{"version":"0.32.0"}"#),
         _ => json(404, r#"{"detail":"Not Found"}"#),

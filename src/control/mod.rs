@@ -1,8 +1,9 @@
 //! The control thread: what is true of the workers, learnt without haste.
 //!
-//! One thread with a tokio runtime of its own owns the [`Registry`]. For every worker three loops run, each in
+//! One thread with a tokio runtime of its own owns the [`Registry`]. For every server four loops run, each in
 //! its own time, so that none waits for another: `probe` decides on its health, `models` learns what it serves,
-//! `names` resolves its host. What they find is published as a new [`Fleet`](crate::workers::Fleet), or set in the
+//! `names` resolves its host, `scrape` reads its figures; what they learn holds for all its data-parallel ranks.
+//! What they find is published as a new [`Fleet`](crate::workers::Fleet), or set in the
 //! worker's atomics. Shards answer with the only thing that they know better: a transport error marks a worker
 //! down, and its loop sees that within a quarter of a second.
 //!
@@ -10,10 +11,12 @@
 //! nothing of them.
 
 mod attempt;
+mod figures;
 mod health;
 mod models;
 mod names;
 mod probe;
+mod scrape;
 mod settings;
 
 use std::{
@@ -41,6 +44,7 @@ use crate::base::Clock;
 use crate::workers::{FleetHandle, Registry, Worker};
 
 use models::Book;
+use scrape::Scrape;
 
 /// Lookups that may block a thread of the runtime's pool at a time; a worker has at most one.
 const BLOCKING_THREADS: usize = 32;
@@ -82,6 +86,8 @@ pub struct Control {
     workers: Vec<Arc<Worker>>,
     /// By position: asks for a lookup ahead of time.
     lookups: Vec<Notify>,
+    /// By position; `None` where the worker does not lead its server, or nobody looks at figures.
+    scrapes: Vec<Option<Scrape>>,
     book: Book,
 }
 
@@ -93,6 +99,8 @@ struct Pace {
     probe_limit: Duration,
     models_interval: Duration,
     names_interval: Duration,
+    /// `None`: nobody looks at figures.
+    scrape_interval: Option<Duration>,
 }
 
 impl Pace {
@@ -102,7 +110,13 @@ impl Pace {
             probe_limit: duration(settings.health_check_timeout_secs),
             models_interval: duration(settings.model_refresh_secs),
             names_interval: duration(settings.dns_refresh_secs),
+            scrape_interval: Some(settings.engine_stats_interval).filter(|&s| s > 0.0).map(duration),
         }
+    }
+
+    /// What a look at figures may take.
+    fn scrape_limit(&self) -> Duration {
+        self.scrape_interval.map_or(self.probe_limit, |interval| interval.min(self.probe_limit))
     }
 }
 
@@ -126,10 +140,17 @@ impl Control {
             value.set_sensitive(true);
             Some(value)
         });
+        let (pace, clock) = (Pace::new(settings), Clock::start());
+        let scrape = |lead: &Arc<Worker>| {
+            let ranks = workers.iter().filter(|worker| worker.shares_server(lead)).count();
+            let interval = pace.scrape_interval.filter(|_| lead.leads())?;
+            Some(Scrape::new(interval, ranks, clock.millis()))
+        };
         Self {
-            pace: Pace::new(settings),
-            clock: Clock::start(),
+            pace,
+            clock,
             key,
+            scrapes: workers.iter().map(scrape).collect(),
             fleet: registry.handle(),
             lookups: workers.iter().map(|_| Notify::new()).collect(),
             workers,
@@ -142,9 +163,10 @@ impl Control {
         &self.fleet
     }
 
-    /// Learns the models of the worker anew, and publishes what changed before it returns.
+    /// Learns the models of the worker's server anew, and publishes what changed before it returns.
     pub async fn learn_again(&self, worker: &Arc<Worker>) {
-        if let Some(position) = self.workers.iter().position(|known| Arc::ptr_eq(known, worker)) {
+        let leads = |known: &Arc<Worker>| known.leads() && known.shares_server(worker);
+        if let Some(position) = self.workers.iter().position(leads) {
             self.learn(position).await;
         }
     }
@@ -214,11 +236,13 @@ async fn run(parts: Parts, ready: std_mpsc::Sender<()>) {
     let mut tasks = JoinSet::new();
     tasks.spawn(service(control.clone()));
     let (latch, mut released) = mpsc::channel(1);
-    for position in 0..control.workers.len() {
+    let leads = |position: &usize| control.workers.get(*position).is_some_and(|worker| worker.leads());
+    for position in (0..control.workers.len()).filter(leads) {
         let (resolved, looked_up) = oneshot::channel();
         tasks.spawn(names::run(control.clone(), position, resolved));
         tasks.spawn(probe::run(control.clone(), position, looked_up, latch.clone()));
         tasks.spawn(models::run(control.clone(), position));
+        tasks.spawn(scrape::run(control.clone(), position));
     }
     drop(latch);
     let first_round = control.pace.probe_limit;

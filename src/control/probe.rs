@@ -70,8 +70,9 @@ async fn step(control: &Control, position: usize, worker: &Worker, watch: &mut W
             }
         }
         Change::Up => {
-            // Another one may answer there now: what it serves must be known before it is sent anything.
-            control.learn(position).await;
+            // Another one may answer there now: what it serves and holds must be known before it is sent
+            // anything.
+            tokio::join!(control.learn(position), control.scrape_first(position));
             worker.set_health(Health::Up);
             tracing::info!(worker = %worker.url(), reason, "worker is up");
         }

@@ -25,6 +25,11 @@ pub struct Settings {
     #[arg(long, env = "VLLM_PROXY_DNS_REFRESH_SECS", default_value_t = 30.0, value_name = "SECONDS")]
     pub dns_refresh_secs: f64,
 
+    /// Seconds between two looks at a worker's `/metrics` (requests running and waiting, size of its cache); 0:
+    /// never
+    #[arg(long, env = "VLLM_PROXY_ENGINE_STATS_INTERVAL", default_value_t = 5.0, value_name = "SECONDS")]
+    pub engine_stats_interval: f64,
+
     /// Bearer key that the proxy's own probes send to workers; clients' keys pass through untouched
     #[arg(long, env = "VLLM_PROXY_WORKER_API_KEY", hide_env_values = true, value_name = "KEY")]
     pub worker_api_key: Option<String>,

@@ -6,7 +6,7 @@ use super::{
     fake::{Fake, eventually, list},
     *,
 };
-use crate::workers::{Health, ModelSettings, Resolved, WorkerUrl};
+use crate::workers::{Health, ModelSettings, Resolved, WorkerSpec, WorkerUrl};
 
 /// A control thread over these workers, with short intervals, and their values. The handle comes last, so that it
 /// is dropped last.
@@ -21,15 +21,20 @@ impl Running {
     }
 
     fn with(urls: Vec<WorkerUrl>, edit: impl FnOnce(&mut Settings)) -> Self {
+        Self::of(urls.into_iter().map(Into::into).collect(), edit)
+    }
+
+    fn of(specs: Vec<WorkerSpec>, edit: impl FnOnce(&mut Settings)) -> Self {
         let mut settings = Settings {
             health_check_interval_secs: 0.1,
             health_check_timeout_secs: 2.0,
             model_refresh_secs: 0.1,
             dns_refresh_secs: 30.0,
+            engine_stats_interval: 0.1,
             worker_api_key: None,
         };
         edit(&mut settings);
-        let registry = Registry::new(urls.into_iter().map(Into::into), ModelSettings::default());
+        let registry = Registry::new(specs, ModelSettings::default());
         let fleet = registry.handle();
         let service: Service = Box::new(|_| Box::pin(std::future::pending()));
         let handle = start(Parts { settings, registry, aliases: vec![], service }).unwrap();
@@ -39,6 +44,10 @@ impl Running {
 
     fn health(&self, position: usize) -> Health {
         self.fleet.load().workers[position].health()
+    }
+
+    fn worker(&self, position: usize) -> Arc<Worker> {
+        self.fleet.load().workers[position].clone()
     }
 
     fn models(&self) -> Vec<String> {
@@ -201,4 +210,96 @@ fn a_late_probe_alone_takes_nobody_out() {
     eventually("it was given up", || worker.settings.hanging.load(Ordering::SeqCst) == 0);
     assert_eq!(running.health(0), Health::Up);
     eventually("three in a row do", || running.health(0) == Health::Down);
+}
+
+/// What a worker with two engines says: requests running on each, and when it was started.
+fn figures(running: [u32; 2], started: u32) -> String {
+    let engine = |at: usize| {
+        format!(
+            "vllm:num_requests_running{{engine=\"{at}\",model_name=\"m\"}} {}\n\
+             vllm:cache_config_info{{block_size=\"16\",engine=\"{at}\",num_gpu_blocks=\"10\"}} 1.0\n",
+            running[at]
+        )
+    };
+    format!("{}{}process_start_time_seconds {started}\n", engine(0), engine(1))
+}
+
+#[test]
+fn what_a_worker_holds_is_known_before_it_is_used() {
+    let worker = Fake::start();
+    worker.set_metrics(200, &figures([0, 0], 1));
+    let running = Running::with(vec![worker.url()], |settings| settings.engine_stats_interval = 3600.0);
+    let engine = running.worker(0);
+    assert_eq!((engine.engine().cache_tokens(), engine.engine().block_tokens()), (Some(320), Some(16)));
+    assert_eq!(worker.count("GET /metrics"), 1);
+}
+
+#[test]
+fn figures_that_hang_keep_no_worker_from_its_work() {
+    let worker = Fake::start();
+    worker.set_metrics(0, "");
+    let running = Running::with(vec![worker.url()], |settings| settings.health_check_timeout_secs = 30.0);
+    eventually("up", || running.health(0) == Health::Up);
+    assert_eq!(running.worker(0).engine().running(), None);
+}
+
+#[test]
+fn nobody_looks_at_figures_that_are_switched_off() {
+    let worker = Fake::start();
+    let running = Running::with(vec![worker.url()], |settings| settings.engine_stats_interval = 0.0);
+    let before = worker.count("GET /health");
+    eventually("two probes more", || worker.count("GET /health") >= before + 2);
+    assert_eq!((running.health(0), worker.count("GET /metrics")), (Health::Up, 0));
+}
+
+#[test]
+fn figures_are_kept_for_three_intervals_and_then_unknown() {
+    let worker = Fake::start();
+    worker.set_metrics(200, &figures([2, 3], 1));
+    let running = Running::start(vec![worker.url()]);
+    let engine = running.worker(0);
+    assert_eq!(engine.engine().running(), Some(5));
+    eventually("foreign", || engine.engine().foreign() == 5);
+    worker.set_metrics(500, "");
+    let asked = worker.count("GET /metrics");
+    eventually("unknown", || engine.engine().running().is_none());
+    assert!(worker.count("GET /metrics") >= asked + 2);
+    assert_eq!((engine.engine().foreign(), engine.engine().cache_tokens()), (0, Some(320)));
+    worker.set_metrics(200, &figures([1, 0], 1));
+    eventually("known again", || engine.engine().running() == Some(1));
+}
+
+#[test]
+fn a_worker_that_was_started_anew_unnoticed_has_lost_its_cache() {
+    let worker = Fake::start();
+    worker.set_metrics(200, &figures([0, 0], 1));
+    let running = Running::start(vec![worker.url()]);
+    let engine = running.worker(0);
+    let asked = worker.count("GET /metrics");
+    eventually("two looks more", || worker.count("GET /metrics") >= asked + 2);
+    let before = engine.cache_generation();
+    assert_eq!(before, 0, "the same process all along");
+    worker.set_metrics(200, &figures([0, 0], 2));
+    eventually("noticed", || engine.cache_generation() == before + 1);
+}
+
+#[test]
+fn ranks_of_a_server_are_probed_and_looked_at_once_and_have_their_own_figures() {
+    let server = Fake::start();
+    server.set_metrics(200, &figures([2, 7], 1));
+    let running = Running::of(server.ranks(2), |settings| {
+        settings.health_check_interval_secs = 3600.0;
+        settings.engine_stats_interval = 3600.0;
+        settings.model_refresh_secs = 3600.0;
+    });
+    let (first, second) = (running.worker(0), running.worker(1));
+    assert_eq!([first.usable(), second.usable()], [true, true]);
+    assert_eq!((first.engine().running(), second.engine().running()), (Some(2), Some(7)));
+    assert_eq!((first.engine().cache_tokens(), second.engine().cache_tokens()), (Some(160), Some(160)));
+    for line in ["GET /health", "GET /v1/models", "GET /metrics"] {
+        assert_eq!(server.count(line), 1, "{line}");
+    }
+    let fleet = running.fleet.load();
+    assert!(matches!(fleet.resolve(Some("m")), Resolved::Workers { workers: [0, 1], .. }));
+    assert!(!second.addresses().list.is_empty());
 }

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::fields::{FieldError, Fields, Kind, Summary, members};
+use super::fields::{Field, FieldError, Fields, Kind, Summary, members};
 use super::lines::{BareLineEnd, Lines};
 use super::target::{Target, is_authority, take_apart};
 use super::{
@@ -94,8 +94,8 @@ pub struct UpstreamHead<'a> {
     /// How the end of the body is told. [`OutFraming::UntilClose`] does not exist for requests and is taken
     /// for [`OutFraming::AsReceived`].
     pub framing: OutFraming,
-    /// Fields of our own, appended as they are. They must name no framing field and repeat none that the
-    /// client sent, unless both are meant to arrive.
+    /// Fields of our own, appended as they are, in place of the client's end-to-end fields of the same names.
+    /// They must name no framing field.
     pub extra: &'a [(&'a str, &'a str)],
 }
 
@@ -360,8 +360,12 @@ impl RequestHead {
         let mut framed = framing == OutFraming::AsReceived;
         // A body would stand between the head and the other protocol.
         let upgrades = self.upgrades && matches!(framing, OutFraming::AsReceived | OutFraming::Length(0));
+        let replaced = |field: &Field<'_>| {
+            head.extra.iter().any(|(name, _)| field.name.eq_ignore_ascii_case(name.as_bytes()))
+        };
         for field in self.fields.iter() {
             match field.kind {
+                Kind::EndToEnd | Kind::ContentType | Kind::Host if replaced(&field) => {}
                 Kind::EndToEnd | Kind::ContentType => push_field(out, field.name, field.value),
                 Kind::Host if self.authority.is_empty() => push_field(out, field.name, field.value),
                 Kind::Host => push_field(out, field.name, self.authority.as_bytes()),

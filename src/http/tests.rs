@@ -51,6 +51,20 @@ fn a_request_is_read_and_written_in_its_order_and_case() {
 }
 
 #[test]
+fn a_field_of_ours_replaces_the_clients_of_that_name() {
+    let head = with_fields("X-Data-Parallel-Rank: 7\r\nA: 1\r\nx-data-parallel-rank: 8\r\n").unwrap();
+    let passed = upstream(&head, OutFraming::AsReceived, &[]);
+    assert!(
+        passed.contains("\r\nX-Data-Parallel-Rank: 7\r\nA: 1\r\nx-data-parallel-rank: 8\r\n"),
+        "{passed}"
+    );
+    assert_eq!(
+        upstream(&head, OutFraming::AsReceived, &[("X-data-parallel-rank", "0")]),
+        "POST /v1 HTTP/1.1\r\nHost: x\r\nA: 1\r\nX-data-parallel-rank: 0\r\n\r\n"
+    );
+}
+
+#[test]
 fn a_reused_head_remembers_nothing() {
     let mut head = RequestHead::default();
     let first = b"PUT http://h/a?b HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 9\r\nX: 1\r\n\r\n";

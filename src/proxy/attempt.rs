@@ -26,8 +26,12 @@ use crate::{
         retry::{Failure, Verdict},
     },
     upstream::Connection,
+    vllm,
     workers::{Demand, InFlight, Worker},
 };
+
+/// The field in which vLLM tells its load to who asked for it with `endpoint-load-metrics-format` (ORCA).
+const LOAD_FIELD: &str = "endpoint-load-metrics";
 
 /// The field that names the worker in an answer, where that is asked for.
 const WORKER_FIELD: &str = "x-vllm-proxy-worker";
@@ -149,7 +153,9 @@ async fn run(
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();
-    request.write_upstream(head, &UpstreamHead { prefix, framing, extra: &[] });
+    let rank = worker.rank().map(|rank| [(vllm::RANK_FIELD, rank)]);
+    let extra = rank.as_ref().map_or(&[][..], |field| field);
+    request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
     let mut sending = pin!(maybe_done(body::send(cx, inbox, writer, head, body, chunked)));
 
@@ -181,6 +187,11 @@ async fn run(
         return Ran::over(Attempted::Failed(Failure::AnswerBody, None));
     }
 
+    // it is said of the server, not of one of its ranks
+    let load = if worker.rank().is_none() { outlet.answer.field(LOAD_FIELD) } else { None };
+    if let Some((waiting, kv_usage)) = load.and_then(vllm::parse_orca) {
+        worker.engine().set_waiting(waiting, kv_usage);
+    }
     // The answer has begun: nothing is tried again from here on, and the body is not needed any more.
     if let Some(body) = kept(sending.as_mut()) {
         cx.buffers.recycle(body);

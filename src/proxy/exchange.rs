@@ -154,13 +154,13 @@ impl<'a> Asked<'a> {
         client: &Client<'_>,
         endpoint: &Endpoint,
         serving: &Serving<'a>,
-        inspected: &Inspected,
+        inspected: &'a Inspected,
         body: &mut Body,
     ) -> Self {
         let cx = client.cx;
         let mut asked = Self { model: None, session: None, prompt: Prompt::default(), listens: false };
         let Serving::Workers { model, .. } = serving else { return asked };
-        asked.model = *model;
+        asked.model = model.or_else(|| inspected.name.given());
         let router = cx.router.borrow();
         let length = body.len();
         let body = inspected.facts().map(|facts| (body.arrived().filled(), facts));
@@ -170,8 +170,8 @@ impl<'a> Asked<'a> {
         }
         if cx.needs.prompt && endpoint.prefills {
             asked.prompt = match body {
-                Some((bytes, facts)) => router.prompt(bytes, facts, *model),
-                None => router.prompt_of_length(length.unwrap_or(0), *model),
+                Some((bytes, facts)) => router.prompt(bytes, facts, asked.model),
+                None => router.prompt_of_length(length.unwrap_or(0), asked.model),
             };
             asked.listens = body.is_some();
         }
@@ -229,21 +229,21 @@ fn who<'a>(
         Name::Missing => fleet.resolve(None),
         Name::Given(name) => fleet.resolve(Some(name)),
     };
-    match resolved {
-        Resolved::Workers { workers, model, rename } => {
+    // Workers may know names that they do not list, such as adapters that they load when asked to; a WebSocket may
+    // tell its model later; and a path may not exist: a worker says so.
+    let ours_to_refuse =
+        fleet.model_matters() && endpoint.is_known() && !(by_query && *name == Name::Missing);
+    match (resolved, fleet.any()) {
+        (Resolved::Workers { workers, model, rename }, _) => {
             Ok(Serving::Workers { positions: workers, model, rename, others })
         }
-        Resolved::Unknown if endpoint.is_known() && !(by_query && *name == Name::Missing) => {
-            let name = if let Name::Given(name) = name { name } else { fleet.default_name() };
+        (Resolved::Unknown, Resolved::Workers { workers, .. }) if !ours_to_refuse => {
+            Ok(Serving::Workers { positions: workers, model: None, rename: None, others })
+        }
+        (Resolved::Unknown, _) => {
+            let name = name.given().unwrap_or(fleet.default_name());
             Err(respond::unknown_model(endpoint.error_shape, name, fleet))
         }
-        // a WebSocket may tell its model later, and a path may not exist: a worker says so
-        Resolved::Unknown => match fleet.any() {
-            Resolved::Workers { workers, .. } => {
-                Ok(Serving::Workers { positions: workers, model: None, rename: None, others })
-            }
-            Resolved::Unknown => Ok(Serving::Workers { positions: &[], model: None, rename: None, others }),
-        },
     }
 }
 
@@ -289,7 +289,7 @@ fn framing(received: RequestFraming, body: &Body) -> OutFraming {
 fn judge(worker: &Worker, failure: &Failure) {
     if failure.is_transport() {
         worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(worker = worker.url().as_str(), error = %failure, "an attempt failed");
+        tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
     }
     if failure.condemns() {
         // the control thread sees it, says so and probes

@@ -28,6 +28,13 @@ pub(super) enum Name {
     Given(String),
 }
 
+impl Name {
+    /// The name, if one is given.
+    pub(super) fn given(&self) -> Option<&str> {
+        if let Self::Given(name) = self { Some(name) } else { None }
+    }
+}
+
 /// What was learned of a request.
 #[derive(Debug)]
 pub(super) struct Inspected {

@@ -27,7 +27,7 @@ pub struct Router {
 struct Chooser {
     policy: Box<dyn Policy>,
     name: PolicyName,
-    /// In the table of policies.
+    /// In [`POLICIES`](super::POLICIES).
     position: usize,
 }
 

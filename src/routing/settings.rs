@@ -30,10 +30,13 @@ impl std::fmt::Display for PolicyName {
 impl FromStr for PolicyName {
     type Err = String;
 
-    /// By name or alias, in any case, with `-` or `_`.
+    /// By name or alias, in any case, with `-` or `_` or neither: `round_robin` is RoundRobin in Python.
     fn from_str(text: &str) -> Result<Self, String> {
-        let plain = text.trim().to_ascii_lowercase().replace('-', "_");
-        let named = |policy: &&Definition| policy.name == plain || policy.aliases.contains(&&*plain);
+        let plain = |name: &str| name.trim().to_ascii_lowercase().replace(['-', '_'], "");
+        let meant = plain(text);
+        let named = |policy: &&Definition| {
+            plain(policy.name) == meant || policy.aliases.iter().any(|alias| plain(alias) == meant)
+        };
         POLICIES.iter().find(named).map(Self).ok_or_else(|| {
             let names: Vec<&str> = POLICIES.iter().map(|policy| policy.name).collect();
             format!("`{text}` is no policy; allowed: {}", names.join(", "))
@@ -74,7 +77,8 @@ pub struct Settings {
         visible_alias = "routing-logic",
         env = "VLLM_PROXY_POLICY",
         default_value = "cache_aware",
-        value_name = "POLICY"
+        value_name = "POLICY",
+        value_parser = policy_name
     )]
     pub policy: PolicyName,
 
@@ -144,6 +148,11 @@ impl Settings {
     }
 }
 
+/// What is allowed is told with every wrong value, so the reason need not.
+fn policy_name(text: &str) -> Result<PolicyName, String> {
+    text.parse().map_err(|_: String| "there is no such policy".to_owned())
+}
+
 /// The name of a header (RFC 9110 §5.1), in lower case.
 fn session_name(text: &str) -> Result<String, String> {
     let name = text.trim().to_ascii_lowercase();
@@ -172,14 +181,14 @@ mod tests {
     #[test]
     fn names_of_other_routers_are_understood() {
         for (name, texts) in [
-            ("round_robin", &["roundrobin", "Round-Robin", "ROUND_ROBIN", " rr "][..]),
+            ("round_robin", &["roundrobin", "Round-Robin", "RoundRobin", "ROUND_ROBIN", " rr "][..]),
             ("random", &["random"]),
             (
                 "least_requests",
-                &["least_load", "least-loaded", "least_active", "least-request", "least_conn"],
+                &["least_load", "least-loaded", "least_active", "least-request", "leastconn", "LeastLoad"],
             ),
-            ("power_of_two", &["p2c", "power-of-two", "Power_Of_Two"]),
-            ("capacity", &["capacity", "weighted-capacity"]),
+            ("power_of_two", &["p2c", "power-of-two", "PowerOfTwo", "pow-2"]),
+            ("capacity", &["Capacity"]),
             (
                 "consistent_hash",
                 &[
@@ -189,7 +198,10 @@ mod tests {
                     "sticky_least_loaded",
                     "manual",
                     "prefix_hash",
-                    "Prefix-Hash",
+                    "PrefixHash",
+                    "ConsistentHash",
+                    "StickyLeastLoaded",
+                    "CHWBL",
                 ],
             ),
         ] {

@@ -71,6 +71,8 @@ pub struct Endpoint {
     pub treatment: Treatment,
     /// How its errors are worded.
     pub error_shape: ErrorShape,
+    /// Whether a worker that has done it has nothing in its prefix cache any more.
+    pub empties_cache: bool,
     /// One line for the reference in README.
     pub summary: &'static str,
     /// Value of the label `endpoint` of metrics.
@@ -177,7 +179,8 @@ const fn row(
     summary: &'static str,
 ) -> Endpoint {
     let prefills = matches!(treatment, Treatment::Route(ModelSource::Json));
-    Endpoint { path, methods, treatment, error_shape, summary, label: path, prefills, index: 0 }
+    let (empties_cache, label) = (false, path);
+    Endpoint { path, methods, treatment, error_shape, prefills, empties_cache, summary, label, index: 0 }
 }
 
 /// What is turned into tokens or back, but not computed.
@@ -192,6 +195,11 @@ const fn openai(
     summary: &'static str,
 ) -> Endpoint {
     row(path, methods, treatment, ErrorShape::OpenAi, summary)
+}
+
+/// A row that empties the workers' prefix caches.
+const fn emptying(row: Endpoint) -> Endpoint {
+    Endpoint { empties_cache: true, ..row }
 }
 
 const fn pooling(path: &'static str, summary: &'static str) -> Endpoint {
@@ -270,15 +278,16 @@ const ROWS: &[Endpoint] = &numbered([
     openai("/fault_tolerance/apply", POST, SAME, "a recovery instruction to every worker"),
     openai("/fault_tolerance/status", GET, fields(&[("total_engines", Combine::Sum), ("engines", Combine::Concat)]), "the engines of every worker"),
     // development mode
-    openai("/reset_prefix_cache", POST, fields(&[("success", Combine::And)]), "empties every worker's prefix cache"),
+    emptying(openai("/reset_prefix_cache", POST, fields(&[("success", Combine::And)]), "empties every worker's prefix cache")),
     openai("/reset_mm_cache", POST, SAME, "empties every worker's multi-modal cache"),
     openai("/reset_encoder_cache", POST, SAME, "empties every worker's encoder cache"),
     openai("/collective_rpc", POST, fields(&[("results", Combine::Concat)]), "a call in every worker's processes"),
-    openai("/sleep", POST, SAME, "puts every worker to sleep"),
-    openai("/wake_up", POST, fields(&[("status", Combine::Prefer("sleeping"))]), "wakes every worker"),
+    emptying(openai("/sleep", POST, SAME, "puts every worker to sleep")),
+    emptying(openai("/wake_up", POST, fields(&[("status", Combine::Prefer("sleeping"))]), "wakes every worker")),
     openai("/is_sleeping", GET, fields(&[("is_sleeping", Combine::Or)]), "whether any worker sleeps"),
-    openai("/release_kv_cache_memory", POST, SAME, "frees every worker's KV cache"),
-    openai("/pause", POST, SAME, "pauses every worker"),
+    emptying(openai("/release_kv_cache_memory", POST, SAME, "frees every worker's KV cache")),
+    // unless asked not to, pausing clears the caches too
+    emptying(openai("/pause", POST, SAME, "pauses every worker")),
     openai("/resume", POST, SAME, "resumes every worker"),
     openai("/is_paused", GET, fields(&[("is_paused", Combine::Or)]), "whether any worker is paused"),
     openai("/server_info", GET, FIRST, "a worker's settings"),
@@ -287,8 +296,8 @@ const ROWS: &[Endpoint] = &numbered([
     openai("/shutdown_weight_transfer_engine", POST, SAME, "ends the transfer of weights"),
     openai("/start_weight_update", POST, SAME, "begins an update of weights"),
     openai("/start_draft_weight_update", POST, SAME, "begins an update of the draft model's weights"),
-    openai("/update_weights", POST, SAME, "updates every worker's weights"),
-    openai("/finish_weight_update", POST, SAME, "ends an update of weights"),
+    emptying(openai("/update_weights", POST, SAME, "updates every worker's weights")),
+    emptying(openai("/finish_weight_update", POST, SAME, "ends an update of weights")),
     openai("/update_weight_version", POST, fields(&[("success", Combine::And)]), "names every worker's weights"),
     openai("/weight_info", GET, FIRST, "the version of a worker's weights"),
     openai("/weight_checker", POST, fields(&[("match", Combine::And), ("mismatches", Combine::Union)]), "compares every worker's weights"),

@@ -4,6 +4,7 @@
 //! - [`facts`] and [`multipart`]: what must be known of a request before a worker can be chosen;
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
 //! - [`models`]: model lists and versions of many workers made into those of one;
+//! - [`engine`]: what a server says of its engines, in `/metrics` and beside an answer;
 //! - [`usage`]: how many tokens an answer took;
 //! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
@@ -12,6 +13,7 @@
 
 pub mod aggregate;
 pub mod endpoints;
+pub mod engine;
 pub mod errors;
 pub mod facts;
 pub mod models;
@@ -21,8 +23,13 @@ pub mod usage;
 #[cfg(test)]
 mod golden;
 
+/// The field by which a request names the data-parallel engine that is to serve it (vLLM 0.32; a number out of
+/// range is answered 400).
+pub const RANK_FIELD: &str = "X-data-parallel-rank";
+
 pub use aggregate::{Aggregate, Combine, aggregate};
 pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup};
+pub use engine::{EngineReport, Figures, parse_engines, parse_orca};
 pub use facts::{Facts, Key, ModelFact, Ranges, json_field, scan_json};
 pub use models::{ModelCard, lowest_version, merge_models, parse_models};
 pub use multipart::{ModelField, MultipartFact, boundary, query_model};

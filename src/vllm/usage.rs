@@ -5,7 +5,7 @@
 
 use std::sync::LazyLock;
 
-use memchr::memmem::{Finder, FinderRev};
+use memchr::memmem::Finder;
 
 /// What a worker reports of an answer. `None`: not told.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,60 +26,60 @@ const LONGEST: usize = 1024;
 /// The usage stands at an answer's end, behind it only a few fields that are `null` mostly.
 const TAIL: usize = 8 * 1024;
 
-static FORWARD: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(OPENING));
-static BACKWARD: LazyLock<FinderRev<'static>> = LazyLock::new(|| FinderRev::new(OPENING));
+static FINDER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(OPENING));
 
-/// The usage that this part of a stream tells, if it tells any.
+/// The usage that this part of a stream tells, if it tells any; the last one counts.
 pub fn usage_of_events(part: &[u8]) -> Option<Usage> {
-    // most parts have none, and the search from the front is the faster one
-    FORWARD.find(part)?;
-    last_usage(part)
+    let finder = &*FINDER;
+    let mut from = None;
+    // searched from its front, which is faster and mostly finds nothing
+    while let Some(at) = finder.find(part.get(from.unwrap_or(0)..)?) {
+        from = Some(from.unwrap_or(0) + at + OPENING.len());
+    }
+    usage(part.get(from?..)?)
 }
 
 /// The usage at the end of an answer of one JSON document, of which `part` is the last piece.
 pub fn usage_of_tail(part: &[u8]) -> Option<Usage> {
-    last_usage(part.get(part.len().saturating_sub(TAIL)..)?)
+    usage_of_events(part.get(part.len().saturating_sub(TAIL)..)?)
 }
 
-fn last_usage(part: &[u8]) -> Option<Usage> {
-    let at = BACKWARD.rfind(part)? + OPENING.len();
-    let object = part.get(at..)?;
-    let object = object.get(..LONGEST).unwrap_or(object);
-    let object = object.get(..end(object)?)?;
-    let either = |one: &[u8], other: &[u8]| number(object, one).or_else(|| number(object, other));
-    let usage = Usage {
-        prompt_tokens: either(b"\"prompt_tokens\":", b"\"input_tokens\":"),
-        cached_tokens: number(object, b"\"cached_tokens\":"),
-        completion_tokens: either(b"\"completion_tokens\":", b"\"output_tokens\":"),
-    };
+/// Reads the object whose brace stands before `rest`. None of its strings holds a quote or a brace.
+fn usage(rest: &[u8]) -> Option<Usage> {
+    let mut usage = Usage::default();
+    let (mut depth, mut at) = (1_usize, 0);
+    while depth > 0 {
+        match *rest.get(at).filter(|_| at < LONGEST)? {
+            b'{' => depth += 1,
+            b'}' => depth -= 1,
+            b'"' => {
+                let key = rest.get(at + 1..)?;
+                let key = key.get(..key.iter().take(LONGEST).position(|&byte| byte == b'"')?)?;
+                at += key.len() + 1;
+                let place = match key {
+                    b"prompt_tokens" | b"input_tokens" => &mut usage.prompt_tokens,
+                    b"cached_tokens" => &mut usage.cached_tokens,
+                    b"completion_tokens" | b"output_tokens" => &mut usage.completion_tokens,
+                    _ => &mut None,
+                };
+                if let Some(value) = rest.get(at + 1..)?.strip_prefix(b":") {
+                    *place = number(value);
+                }
+            }
+            _ => {}
+        }
+        at += 1;
+    }
     (usage != Usage::default()).then_some(usage)
 }
 
-/// Where the object ends whose brace stands before `rest`. There are no braces in its strings: it has none.
-fn end(rest: &[u8]) -> Option<usize> {
-    let mut depth = 1_usize;
-    for (at, byte) in rest.iter().enumerate() {
-        match byte {
-            b'{' => depth += 1,
-            b'}' => depth -= 1,
-            _ => {}
-        }
-        if depth == 0 {
-            return Some(at);
-        }
+/// The number that `value` begins with; `None` also for `null`, and for more than fits.
+fn number(value: &[u8]) -> Option<u64> {
+    let mut number = None;
+    for digit in value.iter().take_while(|byte| byte.is_ascii_digit()) {
+        number = Some(number.unwrap_or(0_u64).checked_mul(10)?.checked_add(u64::from(digit - b'0'))?);
     }
-    None
-}
-
-/// The number behind `key`; `None` also for `null`.
-fn number(object: &[u8], key: &[u8]) -> Option<u64> {
-    let at = memchr::memmem::find(object, key)? + key.len();
-    let digits = object.get(at..)?.iter().take_while(|byte| byte.is_ascii_digit());
-    let mut value = None;
-    for digit in digits {
-        value = Some(value.unwrap_or(0_u64).checked_mul(10)?.checked_add(u64::from(digit - b'0'))?);
-    }
-    value
+    number
 }
 
 #[cfg(test)]

@@ -52,6 +52,12 @@ impl Engine {
         self.foreign.store(foreign, Ordering::Relaxed);
     }
 
+    /// Takes over what an answer's head says beside it (ORCA), which is younger than the last [`Engine::set`].
+    pub fn set_waiting(&self, waiting: u32, kv_usage: f64) {
+        self.waiting.store(waiting.saturating_add(1), Ordering::Relaxed);
+        self.kv_usage_ppm.store((kv_usage.clamp(0.0, 1.0) * 1e6) as u32 + 1, Ordering::Relaxed);
+    }
+
     /// Requests that are being computed.
     pub fn running(&self) -> Option<u32> {
         self.running.load(Ordering::Relaxed).checked_sub(1)
@@ -107,6 +113,9 @@ mod tests {
         engine.set(&stats, 2);
         assert_eq!((engine.running(), engine.waiting(), engine.foreign()), (Some(0), Some(3), 2));
         assert_eq!((engine.kv_usage(), engine.asleep()), (Some(0.5), true));
+        engine.set_waiting(7, 2.0);
+        assert_eq!((engine.running(), engine.waiting()), (Some(0), Some(7)), "only what it speaks of");
+        assert_eq!((engine.kv_usage(), engine.cache_tokens()), (Some(1.0), Some(4096)));
         engine.set(&EngineStats::default(), 0);
         assert_eq!(
             (engine.running(), engine.cache_tokens(), engine.block_tokens()),

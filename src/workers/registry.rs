@@ -37,10 +37,18 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// A registry of these workers, in that order; of each nothing is known yet.
+    /// A registry of these workers, in that order; of each nothing is known yet. The ranks of a server follow
+    /// each other.
     pub fn new(specs: impl IntoIterator<Item = WorkerSpec>, settings: ModelSettings) -> Self {
-        let entries = specs.into_iter().enumerate();
-        let entries = entries.map(|(id, spec)| (Arc::new(Worker::new(id, spec)), Learnt::Nothing)).collect();
+        let mut entries: Vec<(Arc<Worker>, Learnt)> = Vec::new();
+        for (id, spec) in specs.into_iter().enumerate() {
+            let sibling = entries.last().filter(|(last, _)| spec.rank.is_some() && *last.url() == spec.url);
+            let worker = match sibling {
+                Some((last, _)) => last.sibling(id, spec),
+                None => Worker::new(id, spec),
+            };
+            entries.push((Arc::new(worker), Learnt::Nothing));
+        }
         let mut registry = Self {
             settings,
             entries,
@@ -62,11 +70,15 @@ impl Registry {
         self.entries.iter().map(|(worker, _)| worker)
     }
 
-    /// Takes over what was learnt of the worker at `position`. Nothing is published before
-    /// [`Registry::publish`].
+    /// Takes over what was learnt of the worker at `position`, for all ranks of its server. Nothing is published
+    /// before [`Registry::publish`].
     pub fn learnt(&mut self, position: usize, learnt: Learnt) {
-        if let Some(entry) = self.entries.get_mut(position) {
-            entry.1 = learnt;
+        let Some((asked, _)) = self.entries.get(position) else { return };
+        let asked = asked.clone();
+        for (worker, known) in &mut self.entries {
+            if worker.shares_server(&asked) {
+                *known = learnt.clone();
+            }
         }
     }
 
@@ -169,6 +181,26 @@ mod tests {
         assert_eq!(fleet.resolve(None), Resolved::Unknown, "two models and no default");
         assert!(fleet.model_matters());
         assert_eq!(fleet.valid_names().collect::<Vec<_>>(), ["m", "n"]);
+    }
+
+    #[test]
+    fn what_one_rank_serves_all_ranks_of_its_server_serve() {
+        let specs: Vec<WorkerSpec> = ["http://a:1", "http://b:1"]
+            .iter()
+            .flat_map(|url| url.parse::<WorkerSpec>().unwrap().ranks(2))
+            .collect();
+        let mut registry = Registry::new(specs, ModelSettings::default());
+        registry.learnt(0, models(&["m"]));
+        registry.learnt(2, models(&["n"]));
+        registry.publish();
+        let fleet = registry.handle().load_full();
+        assert_eq!(workers(&fleet.resolve(Some("m"))), [0, 1]);
+        assert_eq!(workers(&fleet.resolve(Some("n"))), [2, 3]);
+        let names: Vec<&str> = fleet.workers.iter().map(|worker| worker.name()).collect();
+        assert_eq!(names, ["http://a:1@0", "http://a:1@1", "http://b:1@0", "http://b:1@1"]);
+        fleet.workers[1].set_health(crate::workers::Health::Up);
+        let usable: Vec<bool> = fleet.workers.iter().map(|worker| worker.usable()).collect();
+        assert_eq!(usable, [true, true, false, false]);
     }
 
     #[test]

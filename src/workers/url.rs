@@ -16,6 +16,14 @@ pub enum UrlError {
     /// A query, a fragment or credentials mean nothing here.
     #[error("`{0}` must not carry credentials, a query or a fragment")]
     Extra(String),
+    /// What stands behind `#` is not understood.
+    #[error("`{attribute}` behind the `#` of a worker: {problem}")]
+    Attribute {
+        /// As it is written: key and value.
+        attribute: String,
+        /// What is wrong with it, and what is allowed.
+        problem: &'static str,
+    },
 }
 
 /// A worker's place: host and port to connect to, and a path prefix that is put before every target.

@@ -62,17 +62,24 @@ pub const MAX_POLICIES: usize = 16;
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
-/// One vLLM server. Shared by all threads; everything that changes is atomic.
+/// What the data-parallel ranks of one server have in common: one listener, one process to be started anew.
+#[derive(Debug, Default)]
+struct Server {
+    addresses: ArcSwap<Addresses>,
+    /// A [`Health`].
+    health: AtomicU8,
+    /// Grows with every loss of the prefix caches.
+    cache_generation: AtomicU32,
+}
+
+/// One vLLM server, or one data-parallel rank of it. Shared by all threads; everything that changes is atomic.
 #[derive(Debug)]
 pub struct Worker {
     id: usize,
     spec: WorkerSpec,
     name: String,
     rank: Option<String>,
-    addresses: ArcSwap<Addresses>,
-    health: AtomicU8,
-    /// Grows with every loss of its prefix cache.
-    cache_generation: AtomicU32,
+    server: Arc<Server>,
     engine: Engine,
     load: OwnLine<Cells>,
     counters: OwnLine<WorkerCounters>,
@@ -82,6 +89,17 @@ impl Worker {
     /// A worker of which nothing is known but what the operator says. `id` is never given to another one in this
     /// process.
     pub fn new(id: usize, spec: WorkerSpec) -> Self {
+        Self::on(Arc::default(), id, spec)
+    }
+
+    /// As [`Worker::new`], a further rank of the server that `self` is a rank of: both are reached, are down and
+    /// lose their caches together.
+    pub fn sibling(&self, id: usize, spec: WorkerSpec) -> Self {
+        debug_assert_eq!(self.spec.url, spec.url, "a rank of another server");
+        Self::on(self.server.clone(), id, spec)
+    }
+
+    fn on(server: Arc<Server>, id: usize, spec: WorkerSpec) -> Self {
         let rank = spec.rank.map(|rank| rank.to_string());
         let name = match &rank {
             Some(rank) => format!("{}@{rank}", spec.url),
@@ -92,9 +110,7 @@ impl Worker {
             spec,
             name,
             rank,
-            addresses: ArcSwap::default(),
-            health: AtomicU8::new(Health::Unknown as u8),
-            cache_generation: AtomicU32::new(0),
+            server,
             engine: Engine::default(),
             load: OwnLine::default(),
             counters: OwnLine::default(),
@@ -121,6 +137,22 @@ impl Worker {
         self.rank.as_deref()
     }
 
+    /// Whether it stands for its whole server, of which it is the only or the first rank: what concerns a server
+    /// is done once.
+    pub fn leads(&self) -> bool {
+        self.spec.rank.is_none_or(|rank| rank == 0)
+    }
+
+    /// The number of its rank; `None` where the server chooses itself.
+    pub fn rank_number(&self) -> Option<u32> {
+        self.spec.rank
+    }
+
+    /// Whether both are ranks of one server, or the same worker.
+    pub fn shares_server(&self, other: &Worker) -> bool {
+        Arc::ptr_eq(&self.server, &other.server)
+    }
+
     /// What the operator says of it.
     pub fn traits(&self) -> &Traits {
         &self.spec.traits
@@ -128,25 +160,25 @@ impl Worker {
 
     /// The addresses to connect to.
     pub fn addresses(&self) -> arc_swap::Guard<Arc<Addresses>> {
-        self.addresses.load()
+        self.server.addresses.load()
     }
 
     /// Takes over what the resolver said; an empty answer changes nothing (`faults.md` U24). True if the set
     /// of addresses changed.
     pub fn resolved(&self, mut list: Vec<SocketAddr>) -> bool {
         list.dedup();
-        let old = self.addresses.load();
+        let old = self.server.addresses.load();
         let same = list.len() == old.list.len() && list.iter().all(|a| old.list.contains(a));
         if list.is_empty() || same {
             return false;
         }
-        self.addresses.store(Arc::new(Addresses { list, generation: old.generation + 1 }));
+        self.server.addresses.store(Arc::new(Addresses { list, generation: old.generation + 1 }));
         true
     }
 
     /// What is believed of it now.
     pub fn health(&self) -> Health {
-        match self.health.load(Ordering::Relaxed) {
+        match self.server.health.load(Ordering::Relaxed) {
             1 => Health::Up,
             2 => Health::Down,
             _ => Health::Unknown,
@@ -158,10 +190,10 @@ impl Worker {
         self.health() == Health::Up
     }
 
-    /// Sets what is believed of it; returns what was believed before. Who comes back from being down has most
+    /// Sets what is believed of it and of its server's other ranks; returns what was believed before. Who comes back from being down has most
     /// likely been started anew, so going down loses the cache.
     pub fn set_health(&self, health: Health) -> Health {
-        let before = match self.health.swap(health as u8, Ordering::Relaxed) {
+        let before = match self.server.health.swap(health as u8, Ordering::Relaxed) {
             1 => Health::Up,
             2 => Health::Down,
             _ => Health::Unknown,
@@ -172,14 +204,15 @@ impl Worker {
         before
     }
 
-    /// Its prefix cache is empty: it was started anew, slept, or was told to.
+    /// Its prefix cache is empty, and those of its server's other ranks: it was started anew, slept, or was told
+    /// to.
     pub fn cache_lost(&self) {
-        self.cache_generation.fetch_add(1, Ordering::Relaxed);
+        self.server.cache_generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Changes whenever its prefix cache was lost.
     pub fn cache_generation(&self) -> u32 {
-        self.cache_generation.load(Ordering::Relaxed)
+        self.server.cache_generation.load(Ordering::Relaxed)
     }
 
     /// What it says of itself.
@@ -210,6 +243,8 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
+    use std::str::FromStr;
+
     use super::*;
 
     fn worker() -> Worker {
@@ -227,5 +262,22 @@ mod tests {
         assert_eq!(worker.addresses().list, [one, two]);
         assert!(worker.resolved(vec![two]));
         assert_eq!(worker.addresses().generation, 2);
+    }
+
+    #[test]
+    fn ranks_of_one_server_are_down_together_and_counted_apart() {
+        let spec = |rank| WorkerSpec { rank: Some(rank), ..WorkerSpec::from_str("http://a:1").unwrap() };
+        let first = Arc::new(Worker::new(0, spec(0)));
+        let second = first.sibling(1, spec(1));
+        assert_eq!((first.name(), second.name()), ("http://a:1@0", "http://a:1@1"));
+        assert!(first.leads() && !second.leads() && first.shares_server(&second));
+        first.set_health(Health::Up);
+        assert!(second.usable());
+        second.set_health(Health::Down);
+        assert!(!first.usable());
+        assert_eq!((first.cache_generation(), second.cache_generation()), (1, 1));
+        let _running = crate::workers::InFlight::begin(first.clone(), crate::workers::Demand::default());
+        assert_eq!((first.in_flight(), second.in_flight()), (1, 0));
+        assert!(worker().leads() && !worker().shares_server(&first));
     }
 }

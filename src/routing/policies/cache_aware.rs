@@ -37,7 +37,7 @@ const DECODE_SHARE: f64 = 0.02;
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "cache_aware",
-    aliases: &["prefixaware", "prefix_aware", "loadaware", "etp"],
+    aliases: &["prefixaware", "loadaware", "etp"],
     summary: "the worker that has least to compute: the tokens queued there and those of the prompt that are \
               not in its prefix cache",
     needs: Needs { prompt: true, session: false },

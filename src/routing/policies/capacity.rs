@@ -14,7 +14,7 @@ use crate::{
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "capacity",
-    aliases: &["weighted_capacity", "available_capacity", "load_score"],
+    aliases: &[],
     summary: "the least `(running × 3 + waiting) / max_concurrent_requests`, times cost; the weights can be set",
     needs: Needs { prompt: false, session: false },
     build: |shared| {

@@ -32,7 +32,6 @@ pub(super) const DEFINITION: Definition = Definition {
         "session_affinity",
         "consistent_hashing",
         "rendezvous_hash",
-        "rendezvous",
         "ring_hash",
         "sticky",
         "sticky_least_loaded",

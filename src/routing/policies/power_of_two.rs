@@ -8,7 +8,7 @@ use crate::routing::{Candidates, Definition, Needs, Policy, RouteInput, Selectio
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "power_of_two",
-    aliases: &["p2c", "power_of_2", "power_of_two_choices", "pow_2", "two_choices"],
+    aliases: &["p2c", "power_of_two_choices", "pow_2"],
     summary: "of two workers that chance picks the one with fewer requests in flight, times its cost",
     needs: Needs { prompt: false, session: false },
     build: |_| Box::new(PowerOfTwo),

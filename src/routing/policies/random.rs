@@ -8,7 +8,7 @@ use crate::{
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "random",
-    aliases: &["rand", "weighted_random"],
+    aliases: &[],
     summary: "by chance; a worker of cost 2 half as often",
     needs: Needs { prompt: false, session: false },
     build: |_| Box::new(Random),

@@ -8,7 +8,7 @@ use crate::routing::{Candidates, Definition, Needs, Policy, RouteInput, Selectio
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "round_robin",
-    aliases: &["roundrobin", "rr"],
+    aliases: &["rr"],
     summary: "one after the other; a worker of cost 2 half as often",
     needs: Needs { prompt: false, session: false },
     build: |_| Box::new(RoundRobin::default()),

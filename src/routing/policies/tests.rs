@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    routing::Tried,
+    routing::{PolicyName, Tried},
     workers::{EngineStats, Fleet, Health, InFlight, ModelSettings, Registry, Traits, WorkerSpec},
 };
 
@@ -201,14 +201,78 @@ fn every_policy_ignores_what_became_of_a_choice_of_no_use_to_it() {
 }
 
 #[test]
-fn names_are_unique_and_written_plainly() {
-    let all = || POLICIES.iter().flat_map(|row| row.aliases.iter().chain([&row.name]));
-    let mut names: Vec<&str> = all().copied().collect();
-    names.sort_unstable();
-    names.dedup();
-    assert_eq!(names.len(), all().count());
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    assert!(names.iter().all(|name| name.chars().all(plain)), "others are never found: {names:?}");
+fn no_name_means_two_policies() {
+    let names = |row: &'static Definition| row.aliases.iter().chain([&row.name]);
+    for row in POLICIES {
+        for name in names(row) {
+            assert_eq!(name.parse::<PolicyName>().map(|policy| policy.0.name), Ok(row.name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn every_policy_keeps_to_the_rules_whatever_happens() {
+    for row in POLICIES {
+        for seed in 0..24 {
+            simulate(row.name, seed);
+        }
+    }
+}
+
+/// Workers come, go, sleep and change their health, requests begin and end; nobody is chosen who must not be.
+fn simulate(name: &str, seed: u64) {
+    let mut state = seed;
+    let mut draw = move |count: usize| {
+        state = chance::again(state);
+        chance::below(state, count)
+    };
+    let worker = |draw: &mut dyn FnMut(usize) -> usize| Traits {
+        priority: draw(8) as i32 / 7,
+        cost: [0.25, 1.0, 1.0, 3.0][draw(4)],
+        max_concurrent_requests: [None, Some(3)][draw(2)],
+    };
+    let mut bed = Bed::new(name, fleet(3));
+    let mut choices = 0;
+    let mut running: Vec<InFlight> = Vec::new();
+    for step in 0..400 {
+        let count = bed.fleet.workers.len();
+        match draw(16) {
+            0 if step % 7 == 0 => {
+                let count = draw(7);
+                bed.fleet = fleet_of(&(0..count).map(|_| worker(&mut draw)).collect::<Vec<_>>());
+            }
+            1 if count > 0 => {
+                let health = [Health::Up, Health::Up, Health::Down, Health::Unknown][draw(4)];
+                bed.fleet.workers[draw(count)].set_health(health);
+            }
+            2 if count > 0 => {
+                let asleep = Some(draw(2) == 0);
+                let stats = EngineStats { waiting: Some(draw(12) as u32), asleep, ..EngineStats::default() };
+                bed.fleet.workers[draw(count)].engine().set(&stats, draw(5) as u32);
+            }
+            3..8 if !running.is_empty() => drop(running.swap_remove(draw(running.len()))),
+            _ => {
+                bed.random = draw(usize::MAX) as u64;
+                let chunks: Vec<u64> = (0..draw(4)).map(|_| draw(3) as u64 + 1).collect();
+                let length = chunks.len() as u64;
+                bed.prompt = Prompt::new(chunks, length * 512, length * 128);
+                let session = [None, Some(draw(5) as u64)][draw(2)];
+                let all: Vec<usize> = (0..count).collect();
+                let mut scratch = Vec::new();
+                let allowed = among(&bed.fleet, &all, &mut scratch).positions().to_vec();
+                let chosen = bed.selected(session).map(|selection| selection.position);
+                assert_eq!(chosen.is_none(), count == 0, "{name}, seed {seed}, step {step}");
+                let Some(chosen) = chosen else { continue };
+                assert!(
+                    allowed.contains(&chosen),
+                    "{name}, seed {seed}, step {step}: {chosen} of {allowed:?}"
+                );
+                choices += 1;
+                running.push(bed.begin(chosen));
+            }
+        }
+    }
+    assert!(choices > 10, "{name}, seed {seed}: only {choices} choices");
 }
 
 #[test]

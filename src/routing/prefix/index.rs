@@ -24,8 +24,8 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::routing::prefix::{
+    memory,
     seat::{Pass, Seats, later},
-    zeroed,
 };
 
 /// Seats of a group, and entries of a line.
@@ -52,6 +52,9 @@ const MAX_PRESSURE: u64 = 1 << 24;
 /// 2⁶⁴ divided by the golden ratio, odd: spreads what differs in a few bits only.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// Chunks that are asked for ahead of the one that is looked at: as many misses are under way at once.
+const AHEAD: usize = 12;
+
 /// Which worker holds which chunks. A worker is known by its seat, a small number.
 pub struct PrefixIndex {
     /// The table begins at `offset`: at a multiple of a pair's size.
@@ -68,6 +71,7 @@ struct Place {
     lines: [usize; 2],
     /// Tag and group.
     key: u64,
+    chunk: u64,
 }
 
 impl PrefixIndex {
@@ -78,7 +82,7 @@ impl PrefixIndex {
         let pairs = bytes / PAIR_BYTES;
         // one pair more than is used, so that the first can begin at a multiple of its size: a type of that
         // alignment would make the allocator write every page
-        let words = zeroed::words(if pairs == 0 { 0 } else { (pairs + 1) * PAIR });
+        let words = memory::words(if pairs == 0 { 0 } else { (pairs + 1) * PAIR });
         let offset = words.as_ptr().align_offset(PAIR_BYTES).min(PAIR);
         let seats = if pairs == 0 { 0 } else { seats.min(MAX_SEATS) };
         Self { words, offset, pairs, seats: Seats::new(seats) }
@@ -109,11 +113,15 @@ impl PrefixIndex {
         }
         let group = seats.first().map_or(0, |seat| seat / GROUP);
         let mut depth = 0;
+        let mut ahead = chunks.get(AHEAD..).unwrap_or_default().iter();
         for &chunk in chunks {
             if wanted == 0 {
                 break;
             }
-            let held = self.holders(chunk, group, wanted, &horizons);
+            if let Some(&chunk) = ahead.next() {
+                memory::soon(&self.line(self.place(chunk, group).lines[0])[0]);
+            }
+            let held = self.holders(self.place(chunk, group), wanted, &horizons);
             note(&mut found, wanted & !held, depth);
             wanted = held;
             depth += 1;
@@ -123,17 +131,19 @@ impl PrefixIndex {
     }
 
     /// Those of the wanted slots that hold a chunk, as bits.
-    fn holders(&self, chunk: u64, group: usize, wanted: u8, horizons: &[u32; GROUP]) -> u8 {
-        let place = self.place(chunk, group);
+    fn holders(&self, place: Place, wanted: u8, horizons: &[u32; GROUP]) -> u8 {
         let mut held = 0_u8;
         for line in place.lines {
-            for word in self.line(line) {
-                let entry = word.load(Relaxed);
-                let slot = slot(entry);
-                // no branches: which of the eight it is cannot be predicted
-                let holds =
-                    (entry >> (TICK_BITS + SLOT_BITS) == place.key) & later(tick(entry), horizons[slot]);
-                held |= u8::from(holds) << slot;
+            let line = self.line(line);
+            // first who is meant at all, without branches: which of the eight it is cannot be predicted
+            let mut meant = 0_u8;
+            for (at, word) in line.iter().enumerate() {
+                meant |= u8::from(word.load(Relaxed) >> (TICK_BITS + SLOT_BITS) == place.key) << at;
+            }
+            while meant != 0 {
+                let entry = line[meant.trailing_zeros() as usize].load(Relaxed);
+                held |= u8::from(later(tick(entry), horizons[slot(entry)])) << slot(entry);
+                meant &= meant - 1;
             }
             if wanted & !held == 0 {
                 break;
@@ -150,7 +160,14 @@ impl PrefixIndex {
         let Some(mut pass) = self.seats.pass(seat, capacity).filter(|_| fit > 0) else { return };
         // what lies before a chunk that was written is written as well, so that it does not go first
         let mut recent = RECENT;
+        let mut ahead = chunks.iter().take(fit).rev().skip(AHEAD);
         for &chunk in chunks.iter().take(fit).rev() {
+            if let Some(&chunk) = ahead.next() {
+                // a new one may go to either
+                for line in self.place(chunk, seat / GROUP).lines {
+                    memory::soon(&self.line(line)[0]);
+                }
+            }
             if self.put(chunk, seat, recent, &mut pass) {
                 recent = 0;
             }
@@ -194,6 +211,13 @@ impl PrefixIndex {
     /// Chunks that `seat` holds, those included that no prompt can find.
     pub fn held(&self, seat: usize) -> u64 {
         self.seats.live(seat)
+    }
+
+    /// Every word of the table.
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> impl Iterator<Item = u64> {
+        let table = &self.words[self.offset..self.offset + self.pairs * PAIR];
+        table.iter().map(|word| word.load(Relaxed))
     }
 
     /// Puts a chunk, or renews it unless it is not older than `recent` ticks. True if it was written.
@@ -240,7 +264,9 @@ impl PrefixIndex {
             if entry == 0 || !self.seats.holds(seat_of(entry), tick(entry)) {
                 return (word, entry);
             }
-            let age = Some(self.seats.age(seat_of(entry), tick(entry)));
+            // of those that are equally old any, not always the first: that may be the newest
+            let age = self.seats.age(seat_of(entry), tick(entry));
+            let age = Some((age, (entry ^ place.chunk).wrapping_mul(SPREAD)));
             if age > oldest.2 {
                 oldest = (word, entry, age);
             }
@@ -254,12 +280,11 @@ impl PrefixIndex {
         let pair = ((u128::from(spread) * self.pairs as u128) >> 64) as usize;
         let first = 2 * pair + (chunk >> TAG_BITS & 1) as usize;
         let tag = (chunk & ((1 << TAG_BITS) - 1)).max(1);
-        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64 }
+        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64, chunk }
     }
 
-    fn line(&self, line: usize) -> &[AtomicU64] {
-        let from = self.offset + line * GROUP;
-        &self.words[from..from + GROUP]
+    fn line(&self, line: usize) -> &[AtomicU64; GROUP] {
+        &self.words[self.offset..].as_chunks().0[line]
     }
 }
 

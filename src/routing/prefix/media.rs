@@ -43,8 +43,10 @@ fn around(value: &[u8], from: usize, at: usize) -> Option<Range<usize>> {
     let inside = value.get(start..end)?;
     let head = inside.get(..LOOK.min(inside.len()))?;
     // a URL as OpenAI has it, or Anthropic's source and OpenAI's audio, whose key is `data`
-    let url = head.starts_with(b"data:");
-    let before = value.get(..start - 1)?.trim_ascii_end().strip_suffix(b":");
+    let before = value.get(..start - 1)?;
+    // a quote that is escaped is within a text
+    let url = head.starts_with(b"data:") && !before.ends_with(b"\\");
+    let before = before.trim_ascii_end().strip_suffix(b":");
     let keyed = before.is_some_and(|before| before.trim_ascii_end().ends_with(b"\"data\""));
     (url || keyed).then_some(start..end)
 }

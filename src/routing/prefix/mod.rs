@@ -5,13 +5,16 @@
 
 mod index;
 mod media;
+mod memory;
 mod prompt;
 mod rates;
 mod seat;
 mod sizes;
-mod zeroed;
 
 pub use index::{MAX_SEATS, PrefixIndex};
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
 pub use sizes::CacheSizes;
+
+#[cfg(test)]
+mod tests;

@@ -102,7 +102,7 @@ impl Prompt {
         let rate = if bytes_per_token > 0.0 { bytes_per_token } else { rates::DEFAULT };
         self.bytes = bytes;
         // saturates, also where the rate is infinite
-        self.tokens = exact + (rated as f64 / rate).ceil() as u64;
+        self.tokens = exact.saturating_add((rated as f64 / rate).ceil() as u64);
         self.rated_bytes = Some(rated).filter(|_| exact == 0 && !media && rated > 0);
     }
 
@@ -217,6 +217,7 @@ impl Reading<'_> {
         let text = if last { text.split_last().map_or(text, |(_, rest)| rest) } else { text };
         let (chunks, rest) = text.as_chunks::<CHUNK_BYTES>();
         let room = MAX_CHUNKS.saturating_sub(self.prompt.chunks.len());
+        self.prompt.chunks.reserve(chunks.len().min(room));
         for chunk in chunks.iter().take(room) {
             self.push(xxh3_64(chunk));
         }

@@ -13,18 +13,25 @@
 //! be told differently so often that it is not, the oldest ticks go early.
 //!
 //! **Races.** Whoever changes an entry (by compare and exchange, so there is one) moves its count. A count can
-//! come late, behind the sweep of its cell; then the ring is wrong by that much until the cell is swept again.
+//! come late, behind the sweep of its cell; then the ring is wrong by that much until the clock comes near the cell
+//! again and sweeps it, so that mistakes do not add up.
 //! All operations are relaxed: nothing is published through these figures, they only decide what is believed.
 
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::routing::prefix::zeroed;
+use crate::routing::prefix::memory;
 
 /// Ticks that a cache's capacity is divided into: what is evicted at once is about this part of it.
 pub(super) const GRAIN: u64 = 256;
 
 /// Cells of a seat's ring, one per tick.
 const CELLS: u32 = 4096;
+
+/// Cells in front of the clock that no tick which is held may have, so that they can be emptied before it comes.
+const AHEAD: u32 = 64;
+
+/// Ticks from the horizon to the clock at most; more is evicted.
+const WINDOW: u32 = CELLS - 2 * AHEAD;
 
 /// A tick in the fixed point of clocks: 32 bits of it are a fraction.
 const TICK: u64 = 1 << 32;
@@ -66,7 +73,7 @@ impl Seats {
         Self {
             clocks: (0..count).map(clock).collect(),
             horizons: (0..count).map(|_| AtomicU32::new(0)).collect(),
-            rings: zeroed::counts(count * CELLS as usize),
+            rings: memory::counts(count * CELLS as usize),
         }
     }
 
@@ -109,8 +116,10 @@ impl Seats {
     pub(super) fn clear(&self, seat: usize) {
         if let Some(clock) = self.clocks.get(seat) {
             // who is putting something at this moment does so at a tick that is gone with the rest
-            let last = clock.now.fetch_add(TICK, Relaxed);
-            self.raise(seat, whole(last));
+            let last = whole(clock.now.fetch_add(TICK, Relaxed));
+            self.raise(seat, last);
+            // also what was counted too late
+            self.sweep(seat, last, WINDOW);
         }
     }
 
@@ -161,9 +170,14 @@ impl Seats {
                 Err(other) => horizon = other,
             }
         }
+        self.sweep(seat, to, to.wrapping_sub(horizon));
+    }
+
+    /// Empties the cells of `count` ticks that end with `last`, of a seat that there is.
+    fn sweep(&self, seat: usize, last: u32, count: u32) {
         let mut freed = 0;
-        for back in 0..to.wrapping_sub(horizon).min(CELLS) {
-            let cell = self.cell(seat, to.wrapping_sub(back));
+        for back in 0..count.min(CELLS) {
+            let cell = self.cell(seat, last.wrapping_sub(back));
             if cell.load(Relaxed) != 0 {
                 freed += i64::from(cell.swap(0, Relaxed));
             }
@@ -183,9 +197,6 @@ impl Seats {
             let next = self.horizons[seat].load(Relaxed).wrapping_add(1);
             let now = whole(clock.now.load(Relaxed));
             if !later(now, next) {
-                // every cell but the last is empty: a count that came too late is still in the sum
-                let rest = self.cell(seat, now).load(Relaxed).max(0);
-                clock.live.store(i64::from(rest), Relaxed);
                 return;
             }
             self.raise(seat, next);
@@ -321,12 +332,13 @@ impl Pass<'_> {
         if pending == 0 {
             return;
         }
-        let clock = &self.seats.clocks[self.seat].now;
-        self.clock = clock.fetch_add(pending, Relaxed).wrapping_add(pending);
-        let now = self.tick();
-        if now.wrapping_sub(self.seats.horizons[self.seat].load(Relaxed)) >= CELLS {
-            self.seats.raise(self.seat, now.wrapping_sub(CELLS - 1));
+        let before = self.seats.clocks[self.seat].now.fetch_add(pending, Relaxed);
+        self.clock = before.wrapping_add(pending);
+        let (now, passed) = (self.tick(), self.tick().wrapping_sub(whole(before)));
+        if now.wrapping_sub(self.seats.horizons[self.seat].load(Relaxed)) > WINDOW {
+            self.seats.raise(self.seat, now.wrapping_sub(WINDOW));
         }
+        self.seats.sweep(self.seat, now.wrapping_add(AHEAD), passed.min(AHEAD));
         self.look_at_room();
     }
 

@@ -27,6 +27,10 @@ enum Values {
     One(fn(&Scrape) -> u64),
     /// A figure of each worker.
     PerWorker(fn(&WorkerSample) -> u64),
+    /// A figure that a worker may not tell.
+    IfTold(fn(&WorkerSample) -> Option<f64>),
+    /// A figure of each policy with each worker: by position in the table of policies.
+    PerPolicy(fn(&WorkerSample) -> &[u64]),
     /// Labels of its own.
     Labelled(fn(&Scrape, &mut MetricEncoder<'_>) -> fmt::Result),
 }
@@ -174,12 +178,84 @@ pub const CATALOGUE: &[Row] = &[
         kind: Kind::Counter,
         values: Values::PerWorker(|worker| worker.connects),
     },
+    Row {
+        name: "vllm_proxy_worker_selections",
+        help: "Times that a policy chose a worker",
+        kind: Kind::Counter,
+        values: Values::PerPolicy(|worker| &worker.selections),
+    },
+    Row {
+        name: "vllm_proxy_worker_queued_tokens",
+        help: "Prompt tokens of requests of this process that a worker has not answered with a first token yet, without those believed to be in its prefix cache",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| worker.queued_tokens),
+    },
+    Row {
+        name: "vllm_proxy_worker_decode_tokens",
+        help: "Prompt tokens of requests of this process that a worker generates for",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| worker.decode_tokens),
+    },
+    Row {
+        name: "vllm_proxy_worker_engine_running",
+        help: "Requests that a worker computes, as it said last",
+        kind: Kind::Gauge,
+        values: Values::IfTold(|worker| worker.engine_running.map(f64::from)),
+    },
+    Row {
+        name: "vllm_proxy_worker_engine_waiting",
+        help: "Requests that wait in a worker, as it said last",
+        kind: Kind::Gauge,
+        values: Values::IfTold(|worker| worker.engine_waiting.map(f64::from)),
+    },
+    Row {
+        name: "vllm_proxy_worker_kv_cache_usage_ratio",
+        help: "Share of a worker's KV cache in use, 0 to 1, as it said last",
+        kind: Kind::Gauge,
+        values: Values::IfTold(|worker| worker.kv_usage),
+    },
+    Row {
+        name: "vllm_proxy_worker_cache_tokens",
+        help: "Tokens that a worker's prefix cache holds, as it says",
+        kind: Kind::Gauge,
+        values: Values::IfTold(|worker| worker.cache_tokens.map(|tokens| tokens as f64)),
+    },
+    Row {
+        name: "vllm_proxy_worker_foreign_requests",
+        help: "Requests on a worker that did not come through this process",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.foreign)),
+    },
+    Row {
+        name: "vllm_proxy_worker_prompt_tokens",
+        help: "Tokens of the prompts sent to a worker, as they were estimated",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.prompt_tokens),
+    },
+    Row {
+        name: "vllm_proxy_worker_predicted_cached_tokens",
+        help: "Tokens of the prompts sent to a worker that were believed to be in its prefix cache",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.predicted_cached_tokens),
+    },
+    Row {
+        name: "vllm_proxy_worker_reported_prompt_tokens",
+        help: "Tokens of the prompts for which a worker told how many of them were cached",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.reported_prompt_tokens),
+    },
+    Row {
+        name: "vllm_proxy_worker_reported_cached_tokens",
+        help: "Tokens of prompts that a worker found in its prefix cache, as its answers say",
+        kind: Kind::Counter,
+        values: Values::PerWorker(|worker| worker.reported_cached_tokens),
+    },
 ];
 
 impl Row {
     /// Whether its series appear with the workers.
     pub fn per_worker(&self) -> bool {
-        matches!(self.values, Values::PerWorker(_))
+        matches!(self.values, Values::PerWorker(_) | Values::IfTold(_) | Values::PerPolicy(_))
     }
 
     pub(super) fn encode(&self, scrape: &Scrape, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -194,6 +270,14 @@ impl Row {
             Values::PerWorker(read) => scrape.workers.iter().try_for_each(|worker| {
                 self.value(&mut metric, &[("worker", worker.worker.as_str())], read(worker))
             }),
+            Values::IfTold(read) => scrape.workers.iter().try_for_each(|worker| match read(worker) {
+                Some(value) => gauge(&mut metric, &[("worker", worker.worker.as_str())], value),
+                None => Ok(()),
+            }),
+            Values::PerPolicy(read) => scrape
+                .workers
+                .iter()
+                .try_for_each(|worker| per_policy(scrape, &mut metric, worker, read(worker))),
             Values::Labelled(encode) => encode(scrape, &mut metric),
         }
     }
@@ -222,6 +306,21 @@ fn gauge(
         return metric.encode_gauge(&value);
     }
     metric.encode_family(&labels)?.encode_gauge(&value)
+}
+
+fn per_policy(
+    scrape: &Scrape,
+    metric: &mut MetricEncoder<'_>,
+    worker: &WorkerSample,
+    counts: &[u64],
+) -> fmt::Result {
+    let policies = scrape.metrics.policies.get().into_iter().flatten();
+    for (&(policy, used), &count) in policies.zip(counts) {
+        if used || count > 0 {
+            counter(metric, &[("worker", worker.worker.as_str()), ("policy", policy)], count)?;
+        }
+    }
+    Ok(())
 }
 
 fn requests(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {

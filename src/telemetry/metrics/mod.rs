@@ -65,6 +65,8 @@ pub struct Metrics {
     /// Indexed like vLLM's table, and [`OTHER`] behind its last row.
     endpoints: Vec<&'static str>,
     backend: OnceLock<&'static str>,
+    /// Names of the policies, in the order of their table, and whether each is in use.
+    policies: OnceLock<Vec<(&'static str, bool)>>,
     dropped_lines: OnceLock<Reader>,
 }
 
@@ -78,7 +80,7 @@ impl fmt::Debug for Metrics {
 }
 
 /// What a scrape says of one worker, read where the workers are known.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct WorkerSample {
     /// Its configured name.
     pub worker: String,
@@ -92,6 +94,30 @@ pub struct WorkerSample {
     pub transport_errors: u64,
     /// Connections opened.
     pub connects: u64,
+    /// Uncached prompt tokens of our requests that have not had their first token.
+    pub queued_tokens: u64,
+    /// Prompt tokens of our requests that have.
+    pub decode_tokens: u64,
+    /// Requests that it computes, as it says; `None`: it does not.
+    pub engine_running: Option<u32>,
+    /// Requests that wait in it, as it says.
+    pub engine_waiting: Option<u32>,
+    /// Share of its KV cache in use, 0 to 1, as it says.
+    pub kv_usage: Option<f64>,
+    /// Tokens that its prefix cache holds, as it says.
+    pub cache_tokens: Option<u64>,
+    /// Requests on it that are not ours.
+    pub foreign: u32,
+    /// Tokens of the prompts that were sent to it, as they were estimated.
+    pub prompt_tokens: u64,
+    /// Those of them that were believed to be in its prefix cache.
+    pub predicted_cached_tokens: u64,
+    /// Tokens of the prompts whose answer told how many were cached.
+    pub reported_prompt_tokens: u64,
+    /// Those of them that it found in its prefix cache.
+    pub reported_cached_tokens: u64,
+    /// Times that a policy chose it, in the order of the policies.
+    pub selections: Vec<u64>,
 }
 
 impl Metrics {
@@ -101,7 +127,13 @@ impl Metrics {
         let mut endpoints: Vec<&'static str> = endpoints.into_iter().collect();
         endpoints.push(OTHER);
         let shards = (0..shards).map(|_| ShardMetrics::new(endpoints.len())).collect();
-        Self { shards, endpoints, backend: OnceLock::new(), dropped_lines: OnceLock::new() }
+        Self {
+            shards,
+            endpoints,
+            backend: OnceLock::new(),
+            policies: OnceLock::new(),
+            dropped_lines: OnceLock::new(),
+        }
     }
 
     /// The slot of the shard with the number `index`.
@@ -115,6 +147,12 @@ impl Metrics {
     /// Says once which kernel interface drives the sockets: `io_uring` or `epoll`.
     pub fn set_io_backend(&self, backend: &'static str) {
         self.backend.get_or_init(|| backend);
+    }
+
+    /// Says once which policies there are, in the order in which [`WorkerSample::selections`] counts them, and
+    /// whether each is in use: those are shown from the start, the others once they were.
+    pub fn set_policies(&self, policies: impl IntoIterator<Item = (&'static str, bool)>) {
+        self.policies.get_or_init(|| policies.into_iter().collect());
     }
 
     /// Says once how the number of log lines that were dropped is read.
@@ -187,6 +225,18 @@ mod tests {
             attempts: 4,
             transport_errors: 5,
             connects: 6,
+            queued_tokens: 7,
+            decode_tokens: 8,
+            engine_running: Some(9),
+            engine_waiting: Some(0),
+            kv_usage: Some(0.25),
+            cache_tokens: Some(4096),
+            foreign: 10,
+            prompt_tokens: 11,
+            predicted_cached_tokens: 12,
+            reported_prompt_tokens: 13,
+            reported_cached_tokens: 14,
+            selections: vec![15, 0, 16],
         }
     }
 
@@ -290,10 +340,42 @@ mod tests {
             assert_eq!(series("attempts_total"), "4");
             assert_eq!(series("transport_errors_total"), "5");
             assert_eq!(series("connects_total"), "6");
+            assert_eq!(series("queued_tokens"), "7");
+            assert_eq!(series("decode_tokens"), "8");
+            assert_eq!(series("engine_running"), "9.0");
+            assert_eq!(series("engine_waiting"), "0.0");
+            assert_eq!(series("kv_cache_usage_ratio"), "0.25");
+            assert_eq!(series("cache_tokens"), "4096.0");
+            assert_eq!(series("foreign_requests"), "10");
+            assert_eq!(series("prompt_tokens_total"), "11");
+            assert_eq!(series("predicted_cached_tokens_total"), "12");
+            assert_eq!(series("reported_prompt_tokens_total"), "13");
+            assert_eq!(series("reported_cached_tokens_total"), "14");
         }
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"epoll\"}"), "1");
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"io_uring\"}"), "0");
         assert_eq!(value(&text, "vllm_proxy_dropped_log_lines_total"), "7");
+    }
+
+    #[test]
+    fn what_a_worker_does_not_tell_is_not_shown() {
+        let silent = WorkerSample { worker: "w".to_owned(), ..WorkerSample::default() };
+        let text = metrics().encode(Exposition::OpenMetrics, vec![silent, sample("v")]).unwrap();
+        for name in ["engine_running", "engine_waiting", "kv_cache_usage_ratio", "cache_tokens"] {
+            let series = |worker: &str| format!("\nvllm_proxy_worker_{name}{{worker=\"{worker}\"}} ");
+            assert!(!text.contains(&series("w")) && text.contains(&series("v")), "{name}");
+        }
+        assert_eq!(value(&text, "vllm_proxy_worker_foreign_requests{worker=\"w\"}"), "0");
+    }
+
+    #[test]
+    fn policies_are_shown_that_are_in_use_or_were() {
+        let metrics = metrics();
+        metrics.set_policies([("a", false), ("b", true), ("c", false), ("d", false)]);
+        let text = metrics.encode(Exposition::OpenMetrics, vec![sample("w")]).unwrap();
+        let series = "vllm_proxy_worker_selections_total{worker=\"w\",policy=";
+        let shown: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(series)).collect();
+        assert_eq!(shown, ["\"a\"} 15", "\"b\"} 0", "\"c\"} 16"]);
     }
 
     #[test]

@@ -382,3 +382,16 @@ proptest! {
         prop_assert_eq!(named, matches!(facts.model, ModelFact::Named { .. }));
     }
 }
+
+#[test]
+fn a_field_of_any_name_is_found_at_the_top_level_only() {
+    let field = |body: &'static str| json_field(body.as_bytes(), "flow").map(|place| &body[place]);
+    assert_eq!(field(r#"{"a":{"flow":1},"flow" : "x y" ,"b":[]}"#), Some(r#""x y""#));
+    assert_eq!(field("\u{feff} {\"flow\":1,\"flow\":[{}]}"), Some("[{}]"), "the last one counts");
+    assert_eq!(field(r#"{"flow":7,"b":"#), Some("7"), "cut off behind it");
+    for body in
+        ["", "[]", "{}", "{", r#"{"flow"}"#, r#"{"flow":"#, r#"{"flow":"x"#, r#"{"flows":1,"flo":2,"":3}"#]
+    {
+        assert_eq!(field(body), None, "{body}");
+    }
+}
