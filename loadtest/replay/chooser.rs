@@ -2,7 +2,8 @@
 //!
 //! The oracles know everything that the model knows: exact caches, what those who wait will bring into them, and
 //! the cost of every queue. They minimise the wait plus `a` times the request's own prefill; the weight decides how
-//! much is paid now for those who come later.
+//! much is paid now for those who come later. They are greedy all the same, so no bound: where workers are unequal
+//! they crowd the fast ones, and a policy that goes where prompts are known can beat them.
 
 use crate::{
     cache::BlockCache,
@@ -70,7 +71,7 @@ impl Chooser for Oracle {
     fn choose(&mut self, now: f64, request: u32, engines: &[Engine<'_>]) -> usize {
         let cost = |engine: &Engine<'_>| {
             let quote = engine.quote(now, request);
-            quote.wait_s + self.weight * quote.own_s
+            quote.wait_s + quote.own_s + (self.weight - 1.0) * quote.work_s
         };
         least(engines.iter().map(cost), &mut self.chance)
     }

@@ -111,6 +111,8 @@ pub(crate) struct Quote {
     pub(crate) wait_s: f64,
     /// Seconds that its own prompt costs.
     pub(crate) own_s: f64,
+    /// The same on a worker of ordinary speed: what the fleet loses by it.
+    pub(crate) work_s: f64,
 }
 
 /// One worker.
@@ -264,7 +266,11 @@ impl<'a> Engine<'a> {
         };
         let steps = ((self.queued.tokens + tokens + own.tokens) / f64::from(self.model.budget)).ceil();
         let overhead = steps * self.model.decode_s(self.decoding.len(), self.context);
-        Quote { wait_s: present + seconds + self.queued.seconds + overhead, own_s: own.seconds }
+        Quote {
+            wait_s: present + seconds + self.queued.seconds + overhead,
+            own_s: own.seconds,
+            work_s: own.seconds / self.model.slowness,
+        }
     }
 
     /// Of a request's prompt, what neither the cache nor those before it bring.
