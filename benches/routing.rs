@@ -225,8 +225,8 @@ fn deciding(c: &mut Criterion<CpuTime>) {
         b.iter(|| {
             let request = &requests[scratch.turn % requests.len()];
             // of another model all hashes are others
-            let model = scratch.turn.to_le_bytes().map(|byte| char::from(byte & 127));
-            scratch.decide(&index, request, &String::from_iter(model), &seats);
+            let model = scratch.turn.to_string();
+            scratch.decide(&index, request, &model, &seats);
         });
     });
     assert_eq!(scratch.depths, [0; WORKERS], "it was not found");

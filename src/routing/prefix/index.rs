@@ -48,7 +48,7 @@ const TAG_BITS: u32 = 22;
 
 /// What was touched so few ticks ago is not written again; 1.6 % of the capacity. It keeps a prompt that comes
 /// again and again from being written by every shard.
-const RECENT: u32 = 4;
+const RECENT: u32 = 2;
 
 /// Chunks that may press at once: 8 GiB of text.
 const MAX_PRESSURE: u64 = 1 << 24;
