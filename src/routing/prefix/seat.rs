@@ -7,10 +7,10 @@
 //! horizon to now.
 //!
 //! **Why the ring is long enough.** In a cache of C chunks an entry is gone before C others were put in after its
-//! last use, which takes the clock [`GRAIN`] ticks. Renewals move the clock as well, so that what is renewed
-//! together does not have to go together; but they may go on for ever while an old entry stays, so they move it
-//! only while the ring is less than half full. The other half is enough for what is put in. Should the capacity
-//! be told differently so often that it is not, the oldest ticks go early.
+//! last use, which takes the clock [`GRAIN`] ticks. Renewals move the clock as well, so that what was renewed at
+//! different times can go at different times; but they may go on for ever while an old entry stays, so they move
+//! it the less, the fuller the ring is, and not at all when it is half full. The other half is enough for what
+//! is put in. Should the capacity be told differently so often that it is not, the oldest ticks go early.
 //!
 //! **Races.** Whoever changes an entry (by compare and exchange, so there is one) moves its count. A count can
 //! come late, behind the sweep of its cell; then the ring is wrong by that much until the clock comes near the cell
@@ -22,10 +22,10 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::Re
 use crate::routing::prefix::memory;
 
 /// Ticks that a cache's capacity is divided into: what is evicted at once is about this part of it.
-pub(super) const GRAIN: u64 = 256;
+pub(super) const GRAIN: u64 = 128;
 
-/// Cells of a seat's ring, one per tick.
-const CELLS: u32 = 4096;
+/// Cells of a seat's ring, one per tick; 32 KiB, of memory that is used when the clock comes there.
+const CELLS: u32 = 8192;
 
 /// Cells in front of the clock that no tick which is held may have, so that they can be emptied before it comes.
 const AHEAD: u32 = 64;
@@ -232,13 +232,10 @@ impl Seats {
             added: 0,
             left: 0,
             left_tick: 0,
-            roomy: true,
+            move_step: 0,
         };
+        self.creep(seat, pass.tick());
         pass.look_at_room();
-        if !pass.roomy {
-            self.creep(seat, pass.tick());
-            pass.look_at_room();
-        }
         Some(pass)
     }
 }
@@ -255,8 +252,10 @@ pub(super) struct Pass<'a> {
     seats: &'a Seats,
     seat: usize,
     capacity: i64,
-    /// What one chunk moves the clock.
+    /// What a chunk that is put moves the clock.
     step: u64,
+    /// What one that is renewed moves it.
+    move_step: u64,
     /// The clock as it was read last.
     clock: u64,
     /// By how much it has to be moved.
@@ -268,8 +267,6 @@ pub(super) struct Pass<'a> {
     /// Entries that carried `left_tick` and are not taken off yet.
     left: i32,
     left_tick: u32,
-    /// Whether renewals may move the clock.
-    roomy: bool,
 }
 
 impl Pass<'_> {
@@ -282,7 +279,7 @@ impl Pass<'_> {
     pub(super) fn inserted(&mut self) {
         self.placed += 1;
         self.added += 1;
-        self.advance();
+        self.advance(self.step);
     }
 
     /// So many entries more were put.
@@ -293,8 +290,7 @@ impl Pass<'_> {
             count -= few;
             self.placed += few as i32;
             self.added += few.cast_signed();
-            self.pending += (few - 1) * self.step;
-            self.advance();
+            self.advance(few * self.step);
         }
     }
 
@@ -306,9 +302,7 @@ impl Pass<'_> {
         }
         self.left += 1;
         self.placed += 1;
-        if self.roomy {
-            self.advance();
-        }
+        self.advance(self.move_step);
     }
 
     /// Counts everything, and evicts what is too much.
@@ -317,8 +311,8 @@ impl Pass<'_> {
         self.seats.evict(self.seat, self.capacity);
     }
 
-    fn advance(&mut self) {
-        self.pending += self.step;
+    fn advance(&mut self, step: u64) {
+        self.pending += step;
         if whole(self.clock.wrapping_add(self.pending)) != self.tick() {
             self.sync();
         }
@@ -351,6 +345,7 @@ impl Pass<'_> {
 
     fn look_at_room(&mut self) {
         let horizon = self.seats.horizons[self.seat].load(Relaxed);
-        self.roomy = self.tick().wrapping_sub(horizon) < CELLS / 2;
+        let room = (CELLS / 2).saturating_sub(self.tick().wrapping_sub(horizon));
+        self.move_step = self.step * u64::from(room) / u64::from(CELLS / 2);
     }
 }
