@@ -20,12 +20,12 @@ ARGS.add_argument("--policy", action="append", help="default: cache_aware, round
 ARGS.add_argument("--mode", action="append", choices=MODES, help="chat, streamed chat, completions of text, of token ids; default: all")
 ARGS.add_argument("--flag", action="append", default=[], help="one more flag of the proxy (--flag=--io=epoll; may be repeated)")
 ARGS.add_argument("--model", help="default: the first of /v1/models")
-ARGS.add_argument("--sessions", type=int, default=24)
-ARGS.add_argument("--systems", type=int, default=6, help="different system prompts")
+ARGS.add_argument("--sessions", type=int, default=80)
+ARGS.add_argument("--systems", type=int, default=30, help="different system prompts")
 ARGS.add_argument("--zipf", type=float, default=1.0)
 ARGS.add_argument("--turns", type=int, default=4, help="of a session, at most; at least half of it")
-ARGS.add_argument("--system-words", type=int, default=250, help="of a system prompt, in the mean (between half and one and a half of it)")
-ARGS.add_argument("--turn-words", type=int, default=30, help="of what the user says, likewise")
+ARGS.add_argument("--system-words", type=int, default=180, help="of a system prompt, in the mean (between half and one and a half of it)")
+ARGS.add_argument("--turn-words", type=int, default=30, help="of what the user says, in the mean (between 1 and twice of it)")
 ARGS.add_argument("--max-tokens", type=int, default=8)
 ARGS.add_argument("--concurrency", type=int, default=3, help="requests at once")
 ARGS.add_argument("--open-sessions", type=int, default=8, help="sessions that take turns with each other")
@@ -50,8 +50,8 @@ sentence set three want air well also play small end put home read hand port lar
 act why ask men change went light kind off need house picture try us again animal point mother world near build self earth father""".split()
 
 
-def said(rng, mean):
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint((mean + 1) // 2, mean + mean // 2))).capitalize() + "."
+def said(rng, least, most):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most))).capitalize() + "."
 
 
 def call(connection, method, path, body=None):
@@ -84,7 +84,7 @@ class Session:
         return [100 + (ord(a) * 7 + ord(b)) % 300 for a, b in zip(text[::2], text[1::2])]
 
     def say(self):
-        words = said(self.rng, ARGS.turn_words)
+        words = said(self.rng, 1, 2 * ARGS.turn_words - 1)
         if self.mode in ("chat", "stream"):
             self.past.append({"role": "user", "content": words})
         else:
@@ -118,7 +118,7 @@ class Session:
 def run(base, mode, model):
     """Replays all sessions; the sums of what `usage` said, and how many failed."""
     rng = random.Random(f"{ARGS.seed} systems")
-    systems = [said(rng, ARGS.system_words) for _ in range(ARGS.systems)]
+    systems = [said(rng, (ARGS.system_words + 1) // 2, ARGS.system_words + ARGS.system_words // 2) for _ in range(ARGS.systems)]
     weights, total = [], 0.0
     for rank in range(ARGS.systems):
         total += 1 / (rank + 1) ** ARGS.zipf
@@ -209,8 +209,10 @@ def print_row(row):
     if ARGS.json:
         print(json.dumps(row), flush=True)
         return
-    print(f"| {row['policy']} | {row['mode']} | {row['requests']} | {row['failed']} | {row['prompt']} | {row['estimate_off_percent']:+.1f} % "
-          f"| {row['cached']} | {row['predicted']:.0f} | {row['off_percent']:+.2f} % | {row['hit_percent']:.1f} % | {row['per_worker']} | {row['seconds']} |", flush=True)
+    # only cache_aware looks at prompts
+    estimate, off = (f"{row[name]:+.2f} %" if row["estimated_prompt"] else "" for name in ("estimate_off_percent", "off_percent"))
+    print(f"| {row['policy']} | {row['mode']} | {row['requests']} | {row['failed']} | {row['prompt']} | {estimate} "
+          f"| {row['cached']} | {row['predicted']:.0f} | {off} | {row['hit_percent']:.1f} % | {row['per_worker']} | {row['seconds']} |", flush=True)
     if row["reported"] not in (row["cached"], 0):
         print(f"  the proxy heard of {row['reported']:.0f} cached tokens, the client of {row['cached']}", file=sys.stderr)
 
@@ -253,8 +255,14 @@ def main():
             model = ARGS.model or json.loads(call(connect(base), "GET", "/v1/models"))["data"][0]["id"]
             if ARGS.warm:
                 run(base, modes[0], model)
+            rows = []
             for mode in modes:
-                print_row(measure(base, policy, mode, model))
+                rows.append(measure(base, policy, mode, model))
+                print_row(rows[-1])
+            if len(rows) > 1 and not ARGS.json:
+                prompt, cached, predicted = (sum(row[name] for row in rows) for name in ("prompt", "cached", "predicted"))
+                print(f"| {policy} | all | {sum(row['requests'] for row in rows)} | | {prompt} | | {cached} | {predicted:.0f} "
+                      f"| {f'{100 * (predicted - cached) / max(prompt, 1):+.2f} %' if rows[0]['estimated_prompt'] else ''} | {100 * cached / max(prompt, 1):.1f} % | | |", flush=True)
         finally:
             if child:
                 child.send_signal(signal.SIGTERM)
