@@ -210,9 +210,11 @@ def print_row(row):
         print(json.dumps(row), flush=True)
         return
     # only cache_aware looks at prompts
-    estimate, off = (f"{row[name]:+.2f} %" if row["estimated_prompt"] else "" for name in ("estimate_off_percent", "off_percent"))
+    estimate, off = (f"{row[name]:+.2f} %" if row["estimated_prompt"] and not row["failed"] else "" for name in ("estimate_off_percent", "off_percent"))
     print(f"| {row['policy']} | {row['mode']} | {row['requests']} | {row['failed']} | {row['prompt']} | {estimate} "
           f"| {row['cached']} | {row['predicted']:.0f} | {off} | {row['hit_percent']:.1f} % | {row['per_worker']} | {row['seconds']} |", flush=True)
+    if row["failed"]:
+        print("  the proxy's prediction counts the failed requests too: this row says nothing of how right it is", file=sys.stderr)
     if row["reported"] not in (row["cached"], 0):
         print(f"  the proxy heard of {row['reported']:.0f} cached tokens, the client of {row['cached']}", file=sys.stderr)
 
@@ -262,7 +264,7 @@ def main():
             if len(rows) > 1 and not ARGS.json:
                 prompt, cached, predicted = (sum(row[name] for row in rows) for name in ("prompt", "cached", "predicted"))
                 print(f"| {policy} | all | {sum(row['requests'] for row in rows)} | | {prompt} | | {cached} | {predicted:.0f} "
-                      f"| {f'{100 * (predicted - cached) / max(prompt, 1):+.2f} %' if rows[0]['estimated_prompt'] else ''} | {100 * cached / max(prompt, 1):.1f} % | | |", flush=True)
+                      f"| {f'{100 * (predicted - cached) / max(prompt, 1):+.2f} %' if rows[0]['estimated_prompt'] and not any(row['failed'] for row in rows) else ''} | {100 * cached / max(prompt, 1):.1f} % | | |", flush=True)
         finally:
             if child:
                 child.send_signal(signal.SIGTERM)
