@@ -12,7 +12,7 @@
 //! What is not known of a prompt (a body that was not read, a prompt shorter than a chunk) is taken for uncached on
 //! every worker: then the load decides alone.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::chance;
 use crate::{
@@ -132,11 +132,28 @@ impl Policy for CacheAware {
 
 /// What a prompt asks of a worker that holds its first `depth` chunks: only whole blocks are found, and the last
 /// token is always computed.
+///
+/// Prompts part anywhere in a chunk. To count whole chunks only would be wrong by half of one in the mean, which is
+/// much of a short prompt and the same way each time, so what counts is the mean over all places.
 fn demand(prompt: &Prompt, worker: &Worker, depth: u32) -> Demand {
     let prompt_tokens = prompt.tokens();
-    let found = prompt.tokens_of(depth as usize).min(prompt_tokens.saturating_sub(1));
-    let block = u64::from(worker.engine().block_tokens().unwrap_or(1).max(1));
-    Demand { prompt_tokens, uncached_tokens: prompt_tokens - found / block * block }
+    let most = prompt_tokens.saturating_sub(1);
+    let shared = prompt.shared_tokens(depth as usize);
+    let block = worker.engine().block_tokens().unwrap_or(1).max(1);
+    let found = mean_in_blocks(shared.start.min(most)..shared.end.min(most), block.into());
+    Demand { prompt_tokens, uncached_tokens: prompt_tokens - found.min(most) }
+}
+
+/// Tokens in whole blocks of `block` tokens, in the mean over all numbers of tokens from `range.start` to
+/// `range.end`, each included.
+fn mean_in_blocks(range: Range<u64>, block: u64) -> u64 {
+    // the whole blocks of each number below `end`, in sum
+    let below = |end: u64| {
+        let (blocks, rest) = ((end / block) as f64, (end % block) as f64);
+        block as f64 * (block as f64 * blocks * (blocks - 1.0) / 2.0 + blocks * rest)
+    };
+    let numbers = range.end.saturating_sub(range.start) + 1;
+    ((below(range.start + numbers) - below(range.start)) / numbers as f64) as u64
 }
 
 #[cfg(test)]
@@ -196,7 +213,8 @@ mod tests {
             assert_eq!(home.demand, Demand { prompt_tokens: 1280, uncached_tokens: 1280 });
             let next = bed.choose(&prompt(seed, 15));
             assert_eq!(next.position, home.position);
-            assert_eq!(next.demand, Demand { prompt_tokens: 1920, uncached_tokens: 640 });
+            // the tenth chunk is found, the eleventh is not: somewhere in it they part
+            assert_eq!(next.demand, Demand { prompt_tokens: 1920, uncached_tokens: 640 - 64 });
         }
     }
 
@@ -208,6 +226,19 @@ mod tests {
         let stats = EngineStats { block_tokens: Some(500), ..EngineStats::default() };
         bed.fleet.workers[0].engine().set(&stats, 0);
         assert_eq!(bed.choose(&prompt(1, 10)).demand.cached_tokens(), 1000);
+    }
+
+    #[test]
+    fn what_is_expected_of_a_worker_is_the_mean_of_what_it_may_have() {
+        for (range, block) in
+            [(0..0, 1), (0..999, 1), (512..639, 128), (300..811, 128), (90..1000, 16), (5..7, 100)]
+        {
+            let numbers = range.end - range.start + 1;
+            let sum: u64 = range.clone().chain([range.end]).map(|tokens| tokens / block * block).sum();
+            assert_eq!(mean_in_blocks(range.clone(), block), sum / numbers, "{range:?} in blocks of {block}");
+        }
+        mean_in_blocks(0..u64::MAX - 1, 1);
+        mean_in_blocks(u64::MAX - 1..u64::MAX - 1, u32::MAX.into());
     }
 
     #[test]
@@ -261,7 +292,7 @@ mod tests {
         let longer = bed.choose(&prompt(1, 10));
         bed.ended(longer, &prompt(1, 10), None);
         let again = bed.choose(&prompt(1, 10));
-        assert_eq!((again.position, again.demand.cached_tokens()), (home.position, 4 * 128));
+        assert_eq!((again.position, again.demand.cached_tokens()), (home.position, 4 * 128 + 64));
     }
 
     #[test]
