@@ -101,7 +101,7 @@ fn full_index() -> PrefixIndex {
     let mut random = Random(77);
     for turn in 0..10_000 {
         // workers that are not asked, so that nothing of it is evicted
-        index.touch(WORKERS + turn % 32, &random.chunks(100), 1 << 20);
+        index.touch(WORKERS + turn % 32, &random.chunks(100), 1 << 20, 0);
     }
     index
 }
@@ -133,9 +133,9 @@ fn matching(c: &mut Criterion<CpuTime>) {
         let system = random.chunks(SYSTEM);
         let prompts: Vec<Vec<u64>> =
             (0..512).map(|_| [&system[..], &random.chunks(94 - SYSTEM)].concat()).collect();
-        (0..WORKERS).for_each(|worker| index.touch(worker, &system, 1 << 20));
+        (0..WORKERS).for_each(|worker| index.touch(worker, &system, 1 << 20, 0));
         for prompt in &prompts {
-            holders.clone().for_each(|worker| index.touch(worker, prompt, 1 << 20));
+            holders.clone().for_each(|worker| index.touch(worker, prompt, 1 << 20, 0));
         }
         let (seats, mut depths, mut at) = (seats(), Vec::new(), 0);
         c.bench_function(&format!("index/match_{name}/12k"), |b| {
@@ -164,13 +164,13 @@ fn touching(c: &mut Criterion<CpuTime>) {
     let mut fresh = move || [&system[..], &random.chunks(94 - SYSTEM)].concat();
     let prompts: Vec<Vec<u64>> = (0..32).map(|_| fresh()).collect();
     c.bench_function("index/touch_new/12k", |b| {
-        b.iter_batched(&mut fresh, |prompt| index.touch(3, &prompt, CAPACITY), BatchSize::SmallInput);
+        b.iter_batched(&mut fresh, |prompt| index.touch(3, &prompt, CAPACITY, 0), BatchSize::SmallInput);
     });
     let mut at = 0;
     c.bench_function("index/touch_again/12k", |b| {
         b.iter(|| {
             at = (at + 1) % prompts.len();
-            index.touch(4, black_box(&prompts[at]), CAPACITY);
+            index.touch(4, black_box(&prompts[at]), CAPACITY, 0);
         });
     });
 }
@@ -206,7 +206,7 @@ impl Scratch {
         prompt.read(&request.body, &request.facts, model, 4.0);
         index.matched(prompt.chunks(), seats, depths);
         let best = (0..seats.len()).max_by_key(|&at| (depths[at], (at + *turn) % seats.len())).unwrap_or(0);
-        index.touch(seats[best], prompt.chunks(), prompt.chunks_per(461_376));
+        index.touch(seats[best], prompt.chunks(), prompt.chunks_per(461_376), 0);
     }
 }
 

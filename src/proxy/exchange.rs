@@ -20,7 +20,7 @@ use crate::{
     },
     routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Tried},
     telemetry::metrics::Refusal,
-    vllm::{self, Endpoint, ModelSource, Treatment, Usage},
+    vllm::{self, Endpoint, ModelSource, Treatment},
     workers::{Demand, Fleet, Health, Resolved, Worker},
 };
 
@@ -68,11 +68,11 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 
     // 5. attempts, until one is answered
     let mut tried = Tried::none();
-    let mut fresh: Option<Chosen> = None;
+    let mut fresh: Option<Chosen<'_>> = None;
     loop {
         let on_fresh = fresh.is_some();
-        let chosen = fresh.take().or_else(|| choose(client, &fleet, &serving, &asked, &tried));
-        let Some(chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
+        let chosen = fresh.take().or_else(|| choose(cx, &account, &fleet, &serving, &asked, &tried));
+        let Some(mut chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
         let manner = Manner {
             framing,
             fresh: on_fresh,
@@ -81,16 +81,11 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             listens: asked.listens,
         };
         match attempt(client, &account, &chosen.worker, body, manner).await {
-            Attempted::Answered(after) => {
-                asked.answered(cx, &chosen, account.usage());
-                return after;
-            }
+            Attempted::Answered(after) => return after,
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
                 judge(&chosen.worker, &failure);
-                if failure.is_unsent() {
-                    asked.unsent(cx, &chosen);
-                }
+                chosen.unsent = failure.is_unsent();
                 // 6. another attempt?
                 match (failure.verdict(), kept) {
                     (Verdict::Another(reason), Some(kept)) if tried.count() + 1 < MAX_ATTEMPTS => {
@@ -177,31 +172,32 @@ impl<'a> Asked<'a> {
         }
         asked
     }
-
-    fn answered(&self, cx: &Context, chosen: &Chosen, usage: Option<Usage>) {
-        if let Some(usage) = usage {
-            self.ended(cx, chosen, Some(usage));
-        }
-    }
-
-    fn unsent(&self, cx: &Context, chosen: &Chosen) {
-        self.ended(cx, chosen, None);
-    }
-
-    fn ended(&self, cx: &Context, chosen: &Chosen, usage: Option<Usage>) {
-        let Chosen { worker, demand, .. } = chosen;
-        let outcome = Outcome { worker, prompt: &self.prompt, demand: *demand, usage };
-        cx.router.borrow_mut().ended(self.model, &outcome);
-    }
 }
 
-/// The choice of one attempt.
-struct Chosen {
+/// The choice of one attempt. However the attempt ends, the router is told when this is dropped.
+struct Chosen<'a> {
+    cx: &'a Context,
+    asked: &'a Asked<'a>,
+    account: &'a Account<'a>,
     /// In the fleet; 0 for the control thread, which is never tried twice.
     position: usize,
     worker: Arc<Worker>,
     /// What the request is expected to ask of it.
     demand: Demand,
+    /// The worker has not seen the request.
+    unsent: bool,
+}
+
+impl Drop for Chosen<'_> {
+    fn drop(&mut self) {
+        let usage = (!self.unsent).then(|| self.account.usage().unwrap_or_default());
+        let Self { worker, demand, asked, .. } = self;
+        let outcome = Outcome { worker, prompt: &asked.prompt, demand: *demand, usage };
+        // only a panic within the router leaves it borrowed
+        if let Ok(mut router) = self.cx.router.try_borrow_mut() {
+            router.ended(asked.model, &outcome);
+        }
+    }
 }
 
 fn ours(endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {
@@ -247,19 +243,17 @@ fn who<'a>(
     }
 }
 
-fn choose(
-    client: &Client<'_>,
+fn choose<'a>(
+    cx: &'a Context,
+    account: &'a Account<'a>,
     fleet: &Fleet,
     serving: &Serving<'_>,
-    asked: &Asked<'_>,
+    asked: &'a Asked<'a>,
     tried: &Tried,
-) -> Option<Chosen> {
-    let cx = client.cx;
-    match serving {
-        Serving::Admin if tried.count() == 0 => {
-            Some(Chosen { position: 0, worker: cx.admin.clone(), demand: Demand::default() })
-        }
-        Serving::Admin => None,
+) -> Option<Chosen<'a>> {
+    let (worker, position, demand) = match serving {
+        Serving::Admin if tried.count() == 0 => (&cx.admin, 0, Demand::default()),
+        Serving::Admin => return None,
         Serving::Workers { positions, .. } => {
             let mut scratch = cx.positions.borrow_mut();
             let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
@@ -271,9 +265,10 @@ fn choose(
             };
             let Selection { position, demand } =
                 cx.router.borrow_mut().choose(asked.model, &input, &candidates)?;
-            Some(Chosen { position, worker: fleet.workers[position].clone(), demand })
+            (&fleet.workers[position], position, demand)
         }
-    }
+    };
+    Some(Chosen { cx, asked, account, position, worker: worker.clone(), demand, unsent: false })
 }
 
 /// How the body goes to a worker: as it came, unless it was decoded or its length has changed.

@@ -90,9 +90,9 @@ pub struct Settings {
     #[arg(long, env = "VLLM_PROXY_WORKER_CACHE_TOKENS", default_value_t = 500_000, value_name = "TOKENS")]
     pub worker_cache_tokens: u64,
 
-    /// Most that `cache_aware` counts a token that is not cached for, in queued tokens; 10 favours throughput over
-    /// the time to the first token
-    #[arg(long, env = "VLLM_PROXY_CACHE_MISS_WEIGHT_MAX", default_value_t = 5.0, value_name = "NUMBER")]
+    /// Most that `cache_aware` counts a token that is not cached for, in queued tokens; 5 favours the
+    /// time to the first token over throughput
+    #[arg(long, env = "VLLM_PROXY_CACHE_MISS_WEIGHT_MAX", default_value_t = 10.0, value_name = "NUMBER")]
     pub cache_miss_weight_max: f64,
 
     /// Policies of single models, as model=policy; models have nothing to do with each other's

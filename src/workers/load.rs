@@ -18,9 +18,16 @@ pub struct Demand {
     pub prompt_tokens: u64,
     /// Those of them that the worker is believed not to hold in its prefix cache.
     pub uncached_tokens: u64,
+    /// What computing these takes, in tokens at the beginning of a prompt: further behind they cost more.
+    pub work_tokens: u64,
 }
 
 impl Demand {
+    /// Tokens of a prompt that all cost the same.
+    pub fn new(prompt_tokens: u64, uncached_tokens: u64) -> Self {
+        Self { prompt_tokens, uncached_tokens, work_tokens: uncached_tokens }
+    }
+
     /// Tokens that are believed to be in the worker's prefix cache.
     pub fn cached_tokens(&self) -> u64 {
         self.prompt_tokens.saturating_sub(self.uncached_tokens)
@@ -32,7 +39,7 @@ impl Demand {
 pub struct Load {
     /// Requests: ours, and what the worker's own figures say of others'.
     pub in_flight: u32,
-    /// Uncached prompt tokens of requests that have not had their first token.
+    /// Work of requests that have not had their first token, in tokens; see [`Demand::work_tokens`].
     pub queued_tokens: u64,
     /// Prompt tokens of requests that have.
     pub decode_tokens: u64,
@@ -74,8 +81,8 @@ impl InFlight {
     pub fn begin(worker: Arc<Worker>, demand: Demand) -> Self {
         let cells = worker.cells();
         cells.in_flight.fetch_add(1, Ordering::Relaxed);
-        if demand.uncached_tokens > 0 {
-            cells.queued_tokens.fetch_add(demand.uncached_tokens, Ordering::Relaxed);
+        if demand.work_tokens > 0 {
+            cells.queued_tokens.fetch_add(demand.work_tokens, Ordering::Relaxed);
         }
         worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
         Self { worker, demand, decoding: false }
@@ -87,7 +94,7 @@ impl InFlight {
             return;
         }
         let cells = self.worker.cells();
-        cells.queued_tokens.fetch_sub(self.demand.uncached_tokens, Ordering::Relaxed);
+        cells.queued_tokens.fetch_sub(self.demand.work_tokens, Ordering::Relaxed);
         cells.decode_tokens.fetch_add(self.demand.prompt_tokens, Ordering::Relaxed);
     }
 
@@ -113,7 +120,7 @@ impl Drop for InFlight {
         let (cell, tokens) = if self.decoding {
             (&cells.decode_tokens, self.demand.prompt_tokens)
         } else {
-            (&cells.queued_tokens, self.demand.uncached_tokens)
+            (&cells.queued_tokens, self.demand.work_tokens)
         };
         let before = cell.fetch_sub(tokens, Ordering::Relaxed);
         debug_assert!(before >= tokens, "a worker's tokens fell below zero");
@@ -124,7 +131,7 @@ impl Drop for InFlight {
 mod tests {
     use super::*;
 
-    const DEMAND: Demand = Demand { prompt_tokens: 100, uncached_tokens: 30 };
+    const DEMAND: Demand = Demand { prompt_tokens: 100, uncached_tokens: 30, work_tokens: 30 };
 
     #[test]
     fn everything_ends_with_the_guard() {

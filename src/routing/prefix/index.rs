@@ -185,9 +185,12 @@ impl PrefixIndex {
     /// A prompt is being computed at `seat`, whose cache holds `capacity` chunks: its chunks, as far as they fit,
     /// are put there or renewed. The deepest is the first to go, as vLLM frees a request's blocks from its end
     /// (`vllm/v1/core/kv_cache_manager.py`, `free`).
-    pub fn touch(&self, seat: usize, chunks: &[u64], capacity: u64) {
+    ///
+    /// What is in use cannot go: `lead` is how many chunks will presumably be put there until this use ends, and 0
+    /// where it has ended.
+    pub fn touch(&self, seat: usize, chunks: &[u64], capacity: u64, lead: u64) {
         let fit = usize::try_from(capacity).unwrap_or(usize::MAX).min(chunks.len());
-        let Some(mut pass) = self.seats.pass(seat, capacity).filter(|_| fit > 0) else { return };
+        let Some(mut pass) = self.seats.pass(seat, capacity, lead).filter(|_| fit > 0) else { return };
         // what lies before a chunk that was written is written as well, so that it does not go first
         let mut recent = RECENT;
         let mut ahead = chunks.iter().take(fit).rev().skip(AHEAD);
@@ -207,7 +210,7 @@ impl PrefixIndex {
 
     /// So many chunks more are in the cache of `seat` that no prompt can find, such as generated text.
     pub fn add_pressure(&self, seat: usize, chunks: u64, capacity: u64) {
-        if let Some(mut pass) = self.seats.pass(seat, capacity) {
+        if let Some(mut pass) = self.seats.pass(seat, capacity, 0) {
             pass.inserted_many(chunks.min(capacity).min(MAX_PRESSURE));
             pass.end();
         }
@@ -259,7 +262,9 @@ impl PrefixIndex {
         let (word, old) = self.entry(place, seat).unwrap_or_else(|| self.vacancy(place));
         let own = same_holder(old, new);
         let held = old != 0 && self.seats.holds(seat_of(old), tick(old));
-        if own && held && !later(tick_now, tick(old).wrapping_add(recent)) {
+        let early = !later(tick_now, tick(old).wrapping_add(recent));
+        let late = later(tick(old), tick_now.wrapping_add(recent));
+        if own && held && early && !(late && pass.is_end()) {
             return false;
         }
         // who comes second has lost a touch, and whoever came first has counted

@@ -4,7 +4,10 @@
 //! capacity; an entry carries the tick at which it was last put or renewed; and whatever is not newer than the
 //! seat's *horizon* is gone. A ring counts how many entries carry each tick, so that raising the horizon by one
 //! tick, which is how something is evicted, knows how many entries that frees. Emptying a cache is raising its
-//! horizon to now.
+//! horizon beyond every tick that was given out.
+//!
+//! What is being used cannot be evicted before it is put down again. So an entry may be given a tick ahead of the
+//! clock, that of the time at which it will presumably be put down.
 //!
 //! **Why the ring is long enough.** In a cache of C chunks an entry is gone before C others were put in after its
 //! last use, which takes the clock [`GRAIN`] ticks. Renewals move the clock as well, so that what was renewed at
@@ -30,8 +33,11 @@ const CELLS: u32 = 8192;
 /// Cells in front of the clock that no tick which is held may have, so that they can be emptied before it comes.
 const AHEAD: u32 = 64;
 
+/// Ticks that an entry's may be ahead of the clock at most: a whole capacity.
+const LEAD: u32 = GRAIN as u32;
+
 /// Ticks from the horizon to the clock at most; more is evicted.
-const WINDOW: u32 = CELLS - 2 * AHEAD;
+const WINDOW: u32 = CELLS - LEAD - 2 * AHEAD;
 
 /// A tick in the fixed point of clocks: 32 bits of it are a fraction.
 const TICK: u64 = 1 << 32;
@@ -109,17 +115,17 @@ impl Seats {
 
     /// One entry of this tick is gone otherwise than by the horizon.
     pub(super) fn forget(&self, seat: usize, tick: u32) {
-        self.count(seat, tick, -1, -1);
+        self.count(seat, tick, -1);
     }
 
     /// Everything that the seat holds is gone.
     pub(super) fn clear(&self, seat: usize) {
         if let Some(clock) = self.clocks.get(seat) {
             // who is putting something at this moment does so at a tick that is gone with the rest
-            let last = whole(clock.now.fetch_add(TICK, Relaxed));
+            let last = whole(clock.now.fetch_add(TICK * u64::from(LEAD + 1), Relaxed)).wrapping_add(LEAD);
             self.raise(seat, last);
             // also what was counted too late
-            self.sweep(seat, last, WINDOW);
+            self.sweep(seat, last, CELLS);
         }
     }
 
@@ -142,14 +148,10 @@ impl Seats {
     }
 
     /// Adds to the entries of a tick and to what is held; nothing if that tick has been swept.
-    fn count(&self, seat: usize, tick: u32, entries: i32, live: i64) {
-        if let (Some(clock), true) = (self.clocks.get(seat), self.holds(seat, tick)) {
-            if entries != 0 {
-                self.cell(seat, tick).fetch_add(entries, Relaxed);
-            }
-            if live != 0 {
-                clock.live.fetch_add(live, Relaxed);
-            }
+    fn count(&self, seat: usize, tick: u32, entries: i32) {
+        if let (Some(clock), true) = (self.clocks.get(seat), entries != 0 && self.holds(seat, tick)) {
+            self.cell(seat, tick).fetch_add(entries, Relaxed);
+            clock.live.fetch_add(entries.into(), Relaxed);
         }
     }
 
@@ -195,11 +197,24 @@ impl Seats {
                 return;
             }
             let next = self.horizons[seat].load(Relaxed).wrapping_add(1);
-            let now = whole(clock.now.load(Relaxed));
-            if !later(now, next) {
+            let last = whole(clock.now.load(Relaxed)).wrapping_add(LEAD);
+            if !later(last, next) {
                 return;
             }
             self.raise(seat, next);
+        }
+    }
+
+    /// Moves the clock of a seat behind its horizon, should that have passed it: when more is in use than fits, what
+    /// is ahead of the clock is evicted as well, and what is put then must still count.
+    fn catch_up(&self, seat: usize) {
+        let (Some(clock), Some(horizon)) = (self.clocks.get(seat), self.horizon(seat)) else { return };
+        let now = whole(clock.now.load(Relaxed));
+        if !later(now, horizon) {
+            let missing = horizon.wrapping_add(1).wrapping_sub(now);
+            let before = clock.now.fetch_add(u64::from(missing) * TICK, Relaxed);
+            let now = whole(before).wrapping_add(missing);
+            self.sweep(seat, now.wrapping_add(LEAD + AHEAD), missing);
         }
     }
 
@@ -215,26 +230,29 @@ impl Seats {
         self.raise(seat, to);
     }
 
-    /// Begins to put something into a seat that holds `capacity` chunks. `None`: there is no such seat, or it can
+    /// Begins to put something into a seat that holds `capacity` chunks, and that will be in use until `lead` more
+    /// were put in. `None`: there is no such seat, or it can
     /// hold nothing.
-    pub(super) fn pass(&self, seat: usize, capacity: u64) -> Option<Pass<'_>> {
+    pub(super) fn pass(&self, seat: usize, capacity: u64, lead: u64) -> Option<Pass<'_>> {
+        self.catch_up(seat);
         let clock = self.clocks.get(seat)?.now.load(Relaxed);
         let step = (GRAIN * TICK).checked_div(capacity)?.max(1);
+        let lead = (step * lead.min(capacity)).min(u64::from(LEAD) * TICK);
         let capacity = i64::try_from(capacity).unwrap_or(i64::MAX);
         let mut pass = Pass {
             seats: self,
             seat,
             capacity,
             step,
+            lead,
             clock,
             pending: 0,
             placed: 0,
-            added: 0,
             left: 0,
             left_tick: 0,
             move_step: 0,
         };
-        self.creep(seat, pass.tick());
+        self.creep(seat, whole(clock));
         pass.look_at_room();
         Some(pass)
     }
@@ -256,14 +274,14 @@ pub(super) struct Pass<'a> {
     step: u64,
     /// What one that is renewed moves it.
     move_step: u64,
+    /// By how much the entries' ticks are ahead of the clock.
+    lead: u64,
     /// The clock as it was read last.
     clock: u64,
     /// By how much it has to be moved.
     pending: u64,
     /// Entries that carry the present tick and are not counted yet.
     placed: i32,
-    /// Those of them that are more than were held before.
-    added: i64,
     /// Entries that carried `left_tick` and are not taken off yet.
     left: i32,
     left_tick: u32,
@@ -272,13 +290,17 @@ pub(super) struct Pass<'a> {
 impl Pass<'_> {
     /// What an entry has to carry that is put now.
     pub(super) fn tick(&self) -> u32 {
-        whole(self.clock)
+        whole(self.clock.wrapping_add(self.lead))
+    }
+
+    /// Whether what is put was in use until now.
+    pub(super) fn is_end(&self) -> bool {
+        self.lead == 0
     }
 
     /// An entry was put that was not held before.
     pub(super) fn inserted(&mut self) {
         self.placed += 1;
-        self.added += 1;
         self.advance(self.step);
     }
 
@@ -289,7 +311,6 @@ impl Pass<'_> {
             let few = (TICK / self.step).clamp(1, count).min(1 << 16);
             count -= few;
             self.placed += few as i32;
-            self.added += few.cast_signed();
             self.advance(few * self.step);
         }
     }
@@ -313,39 +334,40 @@ impl Pass<'_> {
 
     fn advance(&mut self, step: u64) {
         self.pending += step;
-        if whole(self.clock.wrapping_add(self.pending)) != self.tick() {
+        if whole(self.clock.wrapping_add(self.lead).wrapping_add(self.pending)) != self.tick() {
             self.sync();
         }
     }
 
     fn sync(&mut self) {
         self.take_off();
-        let (placed, added) = (std::mem::take(&mut self.placed), std::mem::take(&mut self.added));
-        self.seats.count(self.seat, self.tick(), placed, added);
+        let placed = std::mem::take(&mut self.placed);
+        self.seats.count(self.seat, self.tick(), placed);
         let pending = std::mem::take(&mut self.pending);
         if pending == 0 {
             return;
         }
         let before = self.seats.clocks[self.seat].now.fetch_add(pending, Relaxed);
         self.clock = before.wrapping_add(pending);
-        let (now, passed) = (self.tick(), self.tick().wrapping_sub(whole(before)));
+        let now = whole(self.clock);
+        let passed = now.wrapping_sub(whole(before));
         if now.wrapping_sub(self.seats.horizons[self.seat].load(Relaxed)) > WINDOW {
             self.seats.raise(self.seat, now.wrapping_sub(WINDOW));
         }
-        self.seats.sweep(self.seat, now.wrapping_add(AHEAD), passed.min(AHEAD));
+        self.seats.sweep(self.seat, now.wrapping_add(LEAD + AHEAD), passed.min(AHEAD));
         self.look_at_room();
     }
 
     fn take_off(&mut self) {
         let left = std::mem::take(&mut self.left);
         if left > 0 {
-            self.seats.count(self.seat, self.left_tick, -left, 0);
+            self.seats.count(self.seat, self.left_tick, -left);
         }
     }
 
     fn look_at_room(&mut self) {
         let horizon = self.seats.horizons[self.seat].load(Relaxed);
-        let room = (CELLS / 2).saturating_sub(self.tick().wrapping_sub(horizon));
+        let room = (CELLS / 2).saturating_sub(whole(self.clock).wrapping_sub(horizon));
         self.move_step = self.step * u64::from(room) / u64::from(CELLS / 2);
     }
 }

@@ -50,7 +50,7 @@ mod of_the_index {
     fn each_worker_is_told_by_its_own_depth() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 64), chunks(1, 40));
         for seat in 0..40 {
-            index.touch(seat, &prompt[..seat], 1000);
+            index.touch(seat, &prompt[..seat], 1000, 0);
         }
         let seats: Vec<usize> = (0..64).collect();
         let expected: Vec<u32> = (0..64).map(|seat| if seat < 40 { seat } else { 0 }).collect();
@@ -63,11 +63,11 @@ mod of_the_index {
     #[test]
     fn a_chunk_that_is_missing_makes_no_match_shorter() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 40));
-        index.touch(3, &prompt, 1000);
+        index.touch(3, &prompt, 1000, 0);
         for missing in 0..38 {
             index.remove(3, &prompt[..=missing], missing);
             assert_eq!(depth(&index, &prompt, 3), 40, "{missing}");
-            index.touch(3, &prompt, 1000);
+            index.touch(3, &prompt, 1000, 0);
         }
         index.remove(3, &prompt[..20], 4);
         assert_eq!(index.held(3), 24);
@@ -80,7 +80,7 @@ mod of_the_index {
             let prompt = chunks(length as u64, length);
             for deep in 0..=length {
                 index.clear(2);
-                index.touch(2, &prompt[..deep], 1000);
+                index.touch(2, &prompt[..deep], 1000, 0);
                 assert_eq!(matched(&index, &prompt, &[1, 2, 3]), [0, deep as u32, 0]);
             }
         }
@@ -90,7 +90,7 @@ mod of_the_index {
     fn a_seat_beyond_the_last_neither_matches_nor_is_stored() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 12), chunks(1, 10));
         for seat in [12, 13, 1024, 1024 + 3, usize::MAX] {
-            index.touch(seat, &prompt, 1000);
+            index.touch(seat, &prompt, 1000, 0);
             index.add_pressure(seat, 5, 1000);
             index.follow(seat, 1);
             index.remove(seat, &prompt, 0);
@@ -98,7 +98,7 @@ mod of_the_index {
             assert_eq!((depth(&index, &prompt, seat), index.held(seat)), (0, 0));
         }
         assert_eq!(matched(&index, &prompt, &(0..16).collect::<Vec<_>>()), [0; 16]);
-        index.touch(11, &prompt, 1000);
+        index.touch(11, &prompt, 1000, 0);
         assert_eq!(matched(&index, &prompt, &[10, 11, 12, 15]), [0, 10, 0, 0]);
     }
 
@@ -106,7 +106,7 @@ mod of_the_index {
     fn an_index_without_memory_never_matches() {
         for bytes in [0, 1, 127] {
             let (index, prompt) = (PrefixIndex::new(bytes, 8), chunks(1, 10));
-            index.touch(0, &prompt, 1000);
+            index.touch(0, &prompt, 1000, 0);
             index.add_pressure(0, 5, 1000);
             index.clear(0);
             index.follow(0, 3);
@@ -118,9 +118,9 @@ mod of_the_index {
     #[test]
     fn a_cache_that_holds_nothing_matches_nothing() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 10));
-        index.touch(0, &prompt, 0);
+        index.touch(0, &prompt, 0, 0);
         assert_eq!(depth(&index, &prompt, 0), 0);
-        index.touch(0, &prompt, 4);
+        index.touch(0, &prompt, 4, 0);
         assert_eq!(
             (depth(&index, &prompt, 0), index.held(0)),
             (4, 4),
@@ -131,8 +131,8 @@ mod of_the_index {
     #[test]
     fn what_has_not_come_is_undone() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 30));
-        index.touch(0, &prompt[..10], 1000);
-        index.touch(0, &prompt, 1000);
+        index.touch(0, &prompt[..10], 1000, 0);
+        index.touch(0, &prompt, 1000, 0);
         index.remove(0, &prompt, 10);
         assert_eq!((depth(&index, &prompt, 0), index.held(0)), (10, 10));
         index.remove(0, &prompt, 99);
@@ -142,12 +142,12 @@ mod of_the_index {
     #[test]
     fn a_clear_forgets_one_worker_only() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 16), chunks(1, 30));
-        (0..16).for_each(|seat| index.touch(seat, &prompt, 1000));
+        (0..16).for_each(|seat| index.touch(seat, &prompt, 1000, 0));
         index.clear(5);
         let held = matched(&index, &prompt, &(0..16).collect::<Vec<_>>());
         assert!(held.iter().enumerate().all(|(seat, &depth)| depth == if seat == 5 { 0 } else { 30 }));
         assert_eq!(index.held(5), 0);
-        index.touch(5, &prompt[..20], 1000);
+        index.touch(5, &prompt[..20], 1000, 0);
         assert_eq!((depth(&index, &prompt, 5), index.held(5)), (20, 20));
     }
 
@@ -157,7 +157,7 @@ mod of_the_index {
         let index = PrefixIndex::new(64 * MEBIBYTE, 8);
         let mut random = Random(1);
         for _ in 0..100 {
-            index.touch(0, &random.chunks(1000), 1 << 20);
+            index.touch(0, &random.chunks(1000), 1 << 20, 0);
         }
         let entries = || index.entries().collect::<Vec<u64>>();
         let before = entries();
@@ -169,13 +169,13 @@ mod of_the_index {
     #[test]
     fn the_first_generation_is_remembered_and_a_later_one_clears() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 30));
-        index.touch(0, &prompt, 1000);
+        index.touch(0, &prompt, 1000, 0);
         index.follow(0, 7);
         index.follow(0, 7);
         assert_eq!(depth(&index, &prompt, 0), 30);
         index.follow(0, 8);
         assert_eq!(depth(&index, &prompt, 0), 0);
-        index.touch(0, &prompt, 1000);
+        index.touch(0, &prompt, 1000, 0);
         index.follow(0, 7);
         assert_eq!(depth(&index, &prompt, 0), 30, "a shard that is late to see the change");
         index.follow(0, 8);
@@ -183,7 +183,7 @@ mod of_the_index {
         for generation in [u32::MAX / 2, u32::MAX - 1, 2] {
             index.follow(0, generation);
             assert_eq!(depth(&index, &prompt, 0), 0, "{generation}");
-            index.touch(0, &prompt, 1000);
+            index.touch(0, &prompt, 1000, 0);
         }
     }
 
@@ -191,10 +191,10 @@ mod of_the_index {
     fn suffixes_go_before_prefixes() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 600));
         let mut random = Random(9);
-        index.touch(0, &prompt, 1000);
+        index.touch(0, &prompt, 1000, 0);
         let mut before = 600;
         for step in 1..=100 {
-            index.touch(0, &random.chunks(10), 1000);
+            index.touch(0, &random.chunks(10), 1000, 0);
             let now = depth(&index, &prompt, 0);
             // nothing is lost but for room, and what is lost is lost from the end
             let left = (1000_usize - step * 10).min(600);
@@ -209,10 +209,10 @@ mod of_the_index {
         let (index, hot) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 50));
         let mut random = Random(9);
         let cold = random.chunks(50);
-        index.touch(0, &cold, 1000);
+        index.touch(0, &cold, 1000, 0);
         for _ in 0..100 {
-            index.touch(0, &hot, 1000);
-            index.touch(0, &random.chunks(100), 1000);
+            index.touch(0, &hot, 1000, 0);
+            index.touch(0, &random.chunks(100), 1000, 0);
             assert_eq!(depth(&index, &hot, 0), 50);
             assert!(index.held(0) <= 1000);
         }
@@ -226,15 +226,15 @@ mod of_the_index {
             let mut random = Random(9);
             let prompts: Vec<_> = (0..100).map(|_| random.chunks(10)).collect();
             let held = |some: &[Vec<u64>]| some.iter().map(|prompt| depth(&index, prompt, 0)).sum::<usize>();
-            prompts.iter().for_each(|prompt| index.touch(0, prompt, 1000));
+            prompts.iter().for_each(|prompt| index.touch(0, prompt, 1000, 0));
             for _ in 0..hits {
                 // half of them, in any order
-                index.touch(0, &prompts[random.below(50)], 1000);
+                index.touch(0, &prompts[random.below(50)], 1000, 0);
             }
             assert_eq!((held(&prompts), index.held(0)), (1000, 1000));
             let mut before = 500;
             for turn in 1..=100 {
-                index.touch(0, &random.chunks(10), 1000);
+                index.touch(0, &random.chunks(10), 1000, 0);
                 let hot = held(&prompts[..50]);
                 let left = (1000_usize - 10 * turn).min(500);
                 // the other half goes first; before the last hits not all of the fifty may have had one
@@ -248,7 +248,7 @@ mod of_the_index {
     #[test]
     fn output_presses_out_what_is_oldest() {
         let (index, prompt) = (PrefixIndex::new(MEBIBYTE, 8), chunks(1, 600));
-        index.touch(0, &prompt, 1000);
+        index.touch(0, &prompt, 1000, 0);
         index.add_pressure(0, 400, 1000);
         assert_eq!((depth(&index, &prompt, 0), index.held(0)), (600, 1000));
         index.add_pressure(0, 300, 1000);
@@ -266,13 +266,13 @@ mod of_the_index {
         let index = PrefixIndex::new(MEBIBYTE, 8);
         let mut random = Random(3);
         for _ in 0..30 {
-            index.touch(0, &random.chunks(100), 2000);
+            index.touch(0, &random.chunks(100), 2000, 0);
         }
         assert!((1990..=2000).contains(&index.held(0)));
-        index.touch(0, &random.chunks(1), 500);
+        index.touch(0, &random.chunks(1), 500, 0);
         assert!((480..=500).contains(&index.held(0)), "{}", index.held(0));
         let prompts: Vec<_> = (0..30).map(|_| random.chunks(100)).collect();
-        prompts.iter().for_each(|prompt| index.touch(0, prompt, 4000));
+        prompts.iter().for_each(|prompt| index.touch(0, prompt, 4000, 0));
         assert_eq!(prompts.iter().map(|prompt| depth(&index, prompt, 0)).sum::<usize>(), 3000);
     }
 
@@ -282,8 +282,8 @@ mod of_the_index {
         let (size, hot) = (index.bytes(), chunks(1, 100));
         let mut random = Random(5);
         for _ in 0..2000 {
-            index.touch(0, &hot, 4000);
-            index.touch(1, &random.chunks(50), 4000);
+            index.touch(0, &hot, 4000, 0);
+            index.touch(1, &random.chunks(50), 4000, 0);
             assert_eq!(index.bytes(), size);
         }
         assert_eq!(index.entries().filter(|&entry| entry != 0).count(), 1024, "it is full");
@@ -295,10 +295,10 @@ mod of_the_index {
     fn what_is_gone_is_replaced_before_what_is_held() {
         let index = PrefixIndex::new(8 * 1024, 8);
         let mut random = Random(5);
-        (0..100).for_each(|_| index.touch(1, &random.chunks(50), 1 << 20));
+        (0..100).for_each(|_| index.touch(1, &random.chunks(50), 1 << 20, 0));
         index.clear(1);
         let fresh = random.chunks(400);
-        index.touch(0, &fresh, 1 << 20);
+        index.touch(0, &fresh, 1 << 20, 0);
         assert_eq!(depth(&index, &fresh, 0), 400);
     }
 
@@ -306,13 +306,48 @@ mod of_the_index {
     fn false_matches_are_as_rare_as_the_tag_is_wide() {
         let index = PrefixIndex::new(MEBIBYTE / 8, 8);
         let mut random = Random(5);
-        (0..200).for_each(|_| index.touch(random.below(8), &random.chunks(100), 1 << 20));
+        (0..200).for_each(|_| index.touch(random.below(8), &random.chunks(100), 1 << 20, 0));
         assert!(index.entries().filter(|&entry| entry != 0).count() > 14_000, "it is nearly full");
         let seats: Vec<usize> = (0..8).collect();
         let hits = |random: &mut Random| matched(&index, &random.chunks(1), &seats).iter().sum::<u32>();
         let found: u32 = (0..1_000_000).map(|_| hits(&mut random)).sum();
         // 16 entries of 22 bits: 3.8 are expected in a million; a match of eight seats counts eight times
         assert!(found <= 15, "{found}");
+    }
+
+    #[test]
+    fn what_is_in_use_outlives_what_ended_later() {
+        let index = PrefixIndex::new(MEBIBYTE, 1);
+        let (running, ended) = (chunks(1, 60), chunks(2, 60));
+        index.touch(0, &running, 1000, 1000);
+        index.touch(0, &ended, 1000, 1000);
+        index.touch(0, &ended, 1000, 0);
+        for other in 3..=20 {
+            index.touch(0, &chunks(other, 60), 1000, 0);
+        }
+        assert_eq!((depth(&index, &running, 0), depth(&index, &ended, 0)), (60, 0));
+        // when it ends it is like any other
+        index.touch(0, &running, 1000, 0);
+        for other in 20..=37 {
+            index.touch(0, &chunks(other, 60), 1000, 0);
+        }
+        assert_eq!(depth(&index, &running, 0), 0);
+    }
+
+    #[test]
+    fn more_in_use_than_fits_leaves_room_for_what_comes() {
+        let index = PrefixIndex::new(MEBIBYTE, 1);
+        (0..40).for_each(|n| index.touch(0, &chunks(n, 60), 1000, 1000));
+        assert!(index.held(0) <= 1000, "{}", index.held(0));
+        let next = chunks(99, 60);
+        index.touch(0, &next, 1000, 1000);
+        assert_eq!(depth(&index, &next, 0), 60);
+        index.clear(0);
+        assert_eq!(
+            (index.held(0), depth(&index, &next, 0)),
+            (0, 0),
+            "nor does what is in use outlive the cache"
+        );
     }
 
     #[test]
@@ -333,7 +368,7 @@ mod of_the_index {
                             1 => index.add_pressure(seat, 20, 1000),
                             2 => index.remove(seat, prompt, random.below(60)),
                             3 => index.follow(seat, random.below(100) as u32),
-                            _ => index.touch(seat, prompt, 1000),
+                            _ => index.touch(seat, prompt, 1000, 0),
                         }
                         index.matched(prompt, seats, &mut depths);
                         assert!(depths.iter().all(|&depth| depth <= 60));
@@ -350,7 +385,7 @@ mod of_the_index {
             index.clear(seat);
             assert!(index.held(seat) <= 60, "{}", index.held(seat));
             for prompt in &prompts {
-                index.touch(seat, prompt, 1000);
+                index.touch(seat, prompt, 1000, 0);
                 assert_eq!(depth(&index, prompt, seat), 60);
             }
             let truly: usize = prompts.iter().map(|prompt| depth(&index, prompt, seat)).sum();
@@ -424,7 +459,7 @@ mod of_the_index {
                         }
                     }
                     _ => {
-                        index.touch(seat, prompt, capacity as u64);
+                        index.touch(seat, prompt, capacity as u64, 0);
                         caches[worker][0].touch(prompt, capacity.saturating_sub(part));
                         caches[worker][1].touch(prompt, capacity + part);
                     }
