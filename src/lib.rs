@@ -21,11 +21,12 @@
 //!
 //! * **Shards** ([`shard`]) own everything on the data path: a listener, the clients that it accepted, the
 //!   connections to workers, the buffers. A shard never blocks, takes no lock and waits for no other thread;
-//!   it reads the newest [`workers::Fleet`] and counts in atomics of its own.
-//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, reads
-//!   workers' metrics, resolves names, and publishes a fleet after every change. It also serves the admin endpoints ([`admin`]) on a
-//!   private socket. To a shard they are one more worker, so they stream, and are given up when the client
-//!   goes, by the very same code.
+//!   it reads the newest [`workers::Fleet`] and counts in atomics of its own. What shards share they share as
+//!   atomics: each worker's load ([`workers::Load`]), and which prompts it holds ([`routing::PrefixIndex`]).
+//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, reads workers'
+//!   metrics, resolves names, and publishes a fleet after every change. It also serves the admin endpoints
+//!   ([`admin`]) on a private socket. To a shard they are one more worker, so they stream, and are given up when
+//!   the client goes, by the very same code.
 //! * **The main thread** starts the others ([`app`]), waits for signals, and ends the process if a shard
 //!   dies. A panic within a connection costs that connection only ([`net::contain`]).
 //!
@@ -43,14 +44,18 @@
 //!    are answered from the fleet.
 //! 3. **Body and facts** (`proxy/inspect.rs`, `proxy/body.rs`): as much of the body as the way depends on.
 //!    [`vllm::scan_json`] and [`vllm::ModelField`] find the model without parsing the rest.
-//! 4. **Who may serve it**: [`workers::Fleet::resolve`], or vLLM's own 404; an alias is spliced into the body.
-//! 5. **Attempts**, each on the worker that the [`routing::Policy`] chooses: [`workers::InFlight`] counts it,
+//! 4. **Who may serve it**: [`workers::Fleet::resolve`], or vLLM's own 404; an alias is spliced into the body. What
+//!    the policy has to know is read from head and body: a session, a [`routing::Prompt`].
+//! 5. **Attempts**, each on the worker that the [`routing::Router`] chooses by its model's policy:
+//!    [`workers::InFlight`] counts it,
 //!    [`upstream::Pool`] has a connection, head and body leave in one send (`proxy/attempt.rs`), and the
 //!    answer's head is awaited at the same time.
 //! 6. **Another attempt?** `proxy/retry.rs` decides, and nothing else does.
 //! 7. **Relay** (`proxy/relay.rs`): each read is sent at once out of the buffer that it was read into;
-//!    [`http::ChunkTracker`] watches for the end without changing a byte.
-//! 8. **Account** (`proxy/account.rs`): a guard counts the exchange when it is dropped, however it ended.
+//!    [`http::ChunkTracker`] watches for the end without changing a byte. `proxy/listener.rs` reads along: when the
+//!    first token comes, and how many tokens it took.
+//! 8. **Account** (`proxy/account.rs`): a guard counts the exchange when it is dropped, however it ended; another one
+//!    tells the router what became of its choice.
 //!
 //! Answers that we make ourselves come from one place, `proxy/respond.rs`.
 //!

@@ -129,7 +129,7 @@ impl Policy for CacheAware {
         if let Some(reported) = usage.cached_tokens
             && self.sizes.reported(worker, demand, reported)
         {
-            self.index.clear(worker.id());
+            worker.cache_lost();
         }
     }
 

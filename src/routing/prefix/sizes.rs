@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::workers::{Demand, Worker};
 
-/// Change with every surprise (`routing.md` §4.4).
-const STEP: f64 = 0.01;
+/// Change with every surprise. What is there although nobody believed it is seldom seen, because requests for it go
+/// elsewhere; so one such report weighs more.
+const SHRINK: f64 = 0.99;
+const GROW: f64 = 1.03;
 
 /// How far reports may correct a size that the worker told, and one that was guessed. Too large a size costs little
 /// and too small a one much (`routing.md` §4.4), and a miss has other causes than the size, so what was told is
@@ -40,12 +42,21 @@ struct Cell {
     factor: AtomicU32,
     /// Reports in a row that were far below what was predicted.
     misses: AtomicU32,
+    /// [`Worker::cache_generation`] when something was reported last.
+    generation: AtomicU32,
+    /// Reports to come from requests that were chosen before the cache was lost: they say nothing of what came after.
+    stale: AtomicU32,
 }
 
 impl CacheSizes {
     /// Sizes of so many workers, each `guess_tokens` until it tells more.
     pub fn new(guess_tokens: u64, workers: usize) -> Self {
-        let cell = || Cell { factor: AtomicU32::new(1.0_f32.to_bits()), misses: AtomicU32::new(0) };
+        let cell = || Cell {
+            factor: AtomicU32::new(1.0_f32.to_bits()),
+            misses: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            stale: AtomicU32::new(0),
+        };
         Self { guess_tokens, cells: (0..workers).map(|_| cell()).collect() }
     }
 
@@ -63,11 +74,20 @@ impl CacheSizes {
     /// clear that the cache was lost.
     pub fn reported(&self, worker: &Worker, demand: Demand, cached_tokens: u64) -> bool {
         let Some(cell) = self.cells.get(worker.id()) else { return false };
+        let generation = worker.cache_generation();
+        if cell.generation.swap(generation, Ordering::Relaxed) != generation {
+            cell.stale.store(worker.in_flight(), Ordering::Relaxed);
+            cell.misses.store(0, Ordering::Relaxed);
+        }
+        let fewer = |stale: u32| stale.checked_sub(1);
+        if cell.stale.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok() {
+            return false;
+        }
         let predicted = demand.cached_tokens();
         let surprise = (cached_tokens as f64 - predicted as f64) / demand.prompt_tokens.max(1) as f64;
         let (least, most) = if worker.engine().cache_tokens().is_some() { TOLD } else { GUESSED };
         if surprise.abs() > SURPRISE {
-            let step = 1.0 + STEP.copysign(surprise);
+            let step = if surprise > 0.0 { GROW } else { SHRINK };
             let factor = (f64::from(factor(cell)) * step).clamp(least, most);
             #[expect(clippy::cast_possible_truncation, reason = "half of the digits will do")]
             cell.factor.store((factor as f32).to_bits(), Ordering::Relaxed);
