@@ -341,4 +341,15 @@ variants! {
         assert_eq!(count(&workers[0], "cache_aware").as_deref(), Some("1"));
         assert_eq!(count(&workers[1], "random").as_deref(), Some("2"));
     }
+
+    fn only_a_response_continues_another(v: Variant) {
+        let workers = workers(2);
+        let proxy = start(v, "cache_aware", &workers);
+        let body = r#"{"model":"m","messages":[],"prompt":"x","input":"x","previous_response_id":"resp_1"}"#;
+        for path in ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses/render"] {
+            workers.iter().for_each(Worker::forget);
+            proxy.post(path, body);
+            assert_eq!(counts(&workers).iter().sum::<usize>(), 1, "{path}");
+        }
+    }
 }

@@ -174,7 +174,7 @@ impl Answer {
     fn new(worker: Arc<Worker>, request: &Value, form: Form) -> Self {
         let text = format!(
             "Hello! This is worker {} of {}, and no real vLLM: it says the same to everybody, token by token, \
-             as a model would. The proxy chose it because it had the fewest requests in flight.",
+             as a model would. The proxy chose it because it had the least to compute.",
             worker.number, worker.count
         );
         let mut tokens: Vec<String> = text.split_inclusive(' ').map(str::to_owned).collect();

@@ -125,7 +125,8 @@ pub(super) async fn inspect(
                 // a name that is no text is the worker's to refuse
                 named => named.name(bytes).map_or(Name::Irrelevant, |name| Name::Given(name.into_owned())),
             };
-            let continues = facts.previous_response_id;
+            // other endpoints ignore such a field, as vLLM does
+            let continues = facts.previous_response_id && endpoint.path == RESPONSES;
             Ok((body, Inspected { name, continues, place: Place::Json(Box::new(facts)) }))
         }
         Need::Form(mut field) => {

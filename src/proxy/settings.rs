@@ -18,7 +18,7 @@ pub struct Settings {
     #[arg(long, env = "VLLM_PROXY_PROMPT_PEEK_BYTES", default_value_t = 8 * 1024 * 1024, value_name = "BYTES")]
     pub prompt_peek_bytes: u64,
 
-    /// Name the chosen worker in every answer, in the field `x-vllm-proxy-worker`
+    /// Name the chosen worker in every answer of a worker, in the field `x-vllm-proxy-worker`
     #[arg(long, env = "VLLM_PROXY_WORKER_HEADER")]
     pub worker_header: bool,
 

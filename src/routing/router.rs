@@ -125,7 +125,7 @@ impl Router {
         if let (Some(tokens), Some(cached)) = (usage.prompt_tokens, usage.cached_tokens) {
             let counters = outcome.worker.counters();
             counters.reported_prompt_tokens.fetch_add(tokens, Ordering::Relaxed);
-            counters.reported_cached_tokens.fetch_add(cached, Ordering::Relaxed);
+            counters.reported_cached_tokens.fetch_add(cached.min(tokens), Ordering::Relaxed);
         }
         self.of(model).policy.ended(outcome);
     }
