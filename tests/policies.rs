@@ -267,6 +267,9 @@ variants! {
         assert!(got.iter().all(|request| request.body == body.as_bytes()));
     }
 
+        for path in ["/metrics", "/load", "/v1/responses/resp_1"] {
+            assert_eq!(proxy.get(path).header("x-vllm-proxy-worker"), None, "{path} is answered by no single worker");
+        }
     fn a_prompt_is_queued_until_its_first_token(v: Variant) {
         let (first, last) = (Gate::new(), Gate::new());
         let stream = script().send(sse_head()).wait(&first).send(sse_event("he")).wait(&last).send(sse_event("llo")).send(sse_end());
