@@ -215,7 +215,7 @@ fn who<'a>(
 ) -> Result<Serving<'a>, Answer> {
     let to_admin =
         matches!(endpoint.treatment, Treatment::Admin | Treatment::Broadcast(_) | Treatment::Sticky);
-    if to_admin || continues && fleet.workers.len() > 1 {
+    if to_admin || continues && fleet.has_several_servers() {
         return Ok(Serving::Admin);
     }
     let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);
