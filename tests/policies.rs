@@ -310,6 +310,24 @@ variants! {
         assert_eq!(read("vllm_proxy_worker_reported_cached_tokens_total"), 250.0);
         let before = read("vllm_proxy_worker_prompt_tokens_total");
         assert!((490.0..=510.0).contains(&before), "four bytes are a token until more is known: {before}");
+    /// vLLM says that it has begun a response before it computes anything.
+    fn a_response_that_was_only_created_has_no_token_yet(v: Variant) {
+        let first = Gate::new();
+        let created = chunk("event: response.created\ndata: {\"type\":\"response.created\"}\n\n");
+        let stream = script().send(sse_head()).send(created).wait(&first).send(sse_event("he")).send(sse_end());
+        let worker = worker().on("/v1/responses", stream).start();
+        let proxy = proxy(v).worker(&worker).start();
+        let queued = || proxy.metric("vllm_proxy_worker_queued_tokens").unwrap_or(-1.0);
+        let mut client = proxy.client();
+        let prompt = serde_json::json!({"model": "m", "stream": true, "input": "z".repeat(2000)}).to_string();
+        client.send(client::post("/v1/responses", prompt));
+        client.read_until("response.created\"}");
+        assert!(queued() > 400.0, "{}", queued());
+        first.open();
+        client.read_until("[DONE]");
+        eventually("nothing is queued", || queued() == 0.0);
+    }
+
         // two connections may be two shards, which learn as one
         proxy.post("/v1/completions", &prompt).expect(200);
         let after = read("vllm_proxy_worker_prompt_tokens_total") - before;
