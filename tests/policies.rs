@@ -288,7 +288,9 @@ variants! {
         assert!(queued > 400 && decoding == 0, "{queued} {decoding}");
         first.open();
         client.read_until("he");
-        assert_eq!(tokens(), (0, queued), "the first event is the first token");
+        let (left, decoding) = tokens();
+        // what is queued is its work, which is a little more than its tokens
+        assert!(left == 0 && (400..=queued).contains(&decoding), "the first event is the first token: {left} {decoding}");
         last.open();
         client.read_until("[DONE]");
         eventually("nothing is left", || tokens() == (0, 0));
