@@ -123,6 +123,7 @@ variants! {
             };
             eventually("its figures are shown", || shown("engine_running") == Some(running));
             assert_eq!((shown("kv_cache_usage_ratio"), shown("cache_tokens")), (Some(0.5), Some(160.0)));
+            assert_eq!(shown("block_tokens"), Some(16.0));
             eventually("foreign requests are seen", || shown("foreign_requests") == Some(running));
         }
     }
