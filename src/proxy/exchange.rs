@@ -174,7 +174,8 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// The choice of one attempt. However the attempt ends, the router is told when this is dropped.
+/// The choice of one attempt. However the attempt ends, the router is told when this is dropped; it does not know of
+/// the control thread.
 struct Chosen<'a> {
     cx: &'a Context,
     asked: &'a Asked<'a>,
@@ -192,6 +193,9 @@ impl Drop for Chosen<'_> {
     fn drop(&mut self) {
         let usage = (!self.unsent).then(|| self.account.usage().unwrap_or_default());
         let Self { worker, demand, asked, .. } = self;
+        if Arc::ptr_eq(worker, &self.cx.admin) {
+            return;
+        }
         let outcome = Outcome { worker, prompt: &asked.prompt, demand: *demand, usage };
         // only a panic within the router leaves it borrowed
         if let Ok(mut router) = self.cx.router.try_borrow_mut() {
