@@ -21,12 +21,13 @@
 //!
 //! * **Shards** ([`shard`]) own everything on the data path: a listener, the clients that it accepted, the
 //!   connections to workers, the buffers. A shard never blocks, takes no lock and waits for no other thread;
-//!   it reads the newest [`workers::Fleet`] and counts in atomics of its own. What shards share they share as
-//!   atomics: each worker's load ([`workers::Load`]), and which prompts it holds ([`routing::PrefixIndex`]).
-//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, reads workers'
-//!   metrics, resolves names, and publishes a fleet after every change. It also serves the admin endpoints
-//!   ([`admin`]) on a private socket. To a shard they are one more worker, so they stream, and are given up when
-//!   the client goes, by the very same code.
+//!   it reads the newest [`workers::Fleet`] and counts in atomics of its own. What runs on each worker
+//!   ([`workers::Load`]) and which prompts it holds ([`routing::PrefixIndex`]) all shards know together, in
+//!   atomics as well.
+//! * **The control thread** ([`control`]) owns the [`workers::Registry`]: it probes, learns models, reads
+//!   workers' metrics, resolves names, and publishes a fleet after every change. It also serves the admin
+//!   endpoints ([`admin`]) on a private socket. To a shard they are one more worker, so they stream, and are
+//!   given up when the client goes, by the very same code.
 //! * **The main thread** starts the others ([`app`]), waits for signals, and ends the process if a shard
 //!   dies. A panic within a connection costs that connection only ([`net::contain`]).
 //!
@@ -43,19 +44,19 @@
 //! 2. **Ours?** [`vllm::lookup`] finds the endpoint's row. `/health`, `/ping`, `/v1/models` and `/version`
 //!    are answered from the fleet.
 //! 3. **Body and facts** (`proxy/inspect.rs`, `proxy/body.rs`): as much of the body as the way depends on.
-//!    [`vllm::scan_json`] and [`vllm::ModelField`] find the model without parsing the rest.
-//! 4. **Who may serve it**: [`workers::Fleet::resolve`], or vLLM's own 404; an alias is spliced into the body. What
-//!    the policy has to know is read from head and body: a session, a [`routing::Prompt`].
-//! 5. **Attempts**, each on the worker that the [`routing::Router`] chooses by its model's policy:
-//!    [`workers::InFlight`] counts it,
-//!    [`upstream::Pool`] has a connection, head and body leave in one send (`proxy/attempt.rs`), and the
-//!    answer's head is awaited at the same time.
+//!    [`vllm::scan_json`] and [`vllm::ModelField`] find the model, and where prompt and session lie, without
+//!    parsing the rest.
+//! 4. **Who may serve it**: [`workers::Fleet::resolve`], or vLLM's own 404. What the policy needs is read of the
+//!    body ([`routing::Prompt`], [`routing::SessionKeys`]), and an alias is spliced into it.
+//! 5. **Attempts**, each on the worker that the [`routing::Router`] chooses by the model's [`routing::Policy`]:
+//!    [`workers::InFlight`] counts it, [`upstream::Pool`] has a connection, head and body leave in one send
+//!    (`proxy/attempt.rs`), and the answer's head is awaited at the same time. However it ends, the router hears
+//!    of it.
 //! 6. **Another attempt?** `proxy/retry.rs` decides, and nothing else does.
 //! 7. **Relay** (`proxy/relay.rs`): each read is sent at once out of the buffer that it was read into;
-//!    [`http::ChunkTracker`] watches for the end without changing a byte. `proxy/listener.rs` reads along: when the
-//!    first token comes, and how many tokens it took.
-//! 8. **Account** (`proxy/account.rs`): a guard counts the exchange when it is dropped, however it ended; another one
-//!    tells the router what became of its choice.
+//!    [`http::ChunkTracker`] watches for the end without changing a byte, and `proxy/listener.rs` for the first
+//!    token and the usage.
+//! 8. **Account** (`proxy/account.rs`): a guard counts the exchange when it is dropped, however it ended.
 //!
 //! Answers that we make ourselves come from one place, `proxy/respond.rs`.
 //!

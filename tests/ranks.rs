@@ -81,6 +81,16 @@ variants! {
         assert_eq!(ids.len(), 1);
     }
 
+    fn what_a_server_stores_all_its_ranks_have(v: Variant) {
+        let server = worker().start();
+        let proxy = proxy(v).worker(&server).arg("--data-parallel-size", "2").flag("--worker-header").start();
+        let body = r#"{"model":"m","previous_response_id":"resp_1","input":"hi"}"#;
+        let named = proxy.post("/v1/responses", body).header("x-vllm-proxy-worker").unwrap_or_default();
+        assert!(named.starts_with(&format!("{}@", server.url())), "{named:?}");
+        let asked: Vec<_> = server.requests().into_iter().map(|request| (request.method, request.target)).collect();
+        assert_eq!(asked, [("POST".to_owned(), "/v1/responses".to_owned())], "nobody has to be looked for");
+    }
+
     fn a_server_that_is_gone_is_gone_with_all_its_ranks(v: Variant) {
         let servers = [worker().start(), worker().start()];
         let proxy = servers.iter().fold(proxy(v), |proxy, server| proxy.worker(server));
@@ -113,6 +123,7 @@ variants! {
             };
             eventually("its figures are shown", || shown("engine_running") == Some(running));
             assert_eq!((shown("kv_cache_usage_ratio"), shown("cache_tokens")), (Some(0.5), Some(160.0)));
+            assert_eq!(shown("block_tokens"), Some(16.0));
             eventually("foreign requests are seen", || shown("foreign_requests") == Some(running));
         }
     }

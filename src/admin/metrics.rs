@@ -58,6 +58,7 @@ fn sample(worker: &Worker) -> WorkerSample {
         engine_waiting: engine.waiting(),
         kv_usage: engine.kv_usage(),
         cache_tokens: engine.cache_tokens(),
+        block_tokens: engine.block_tokens(),
         foreign: engine.foreign(),
         prompt_tokens: read(&counters.prompt_tokens),
         predicted_cached_tokens: read(&counters.predicted_cached_tokens),

@@ -104,9 +104,9 @@ enum Asked {
     Nobody(Response),
 }
 
-/// Sends the head, without a body, to all usable servers (their ranks share what is stored). The first answer that is neither a 404 nor a 5xx
-/// decides; the others are dropped. Without one, a 5xx or a silence comes before a 404, because it may be the
-/// holder's; a worker that cannot be reached holds nothing any more.
+/// Sends the head, without a body, to all usable servers (their ranks share what is stored). The first answer that
+/// is neither a 404 nor a 5xx decides; the others are dropped. Without one, a 5xx or a silence comes before a 404,
+/// because it may be the holder's; a worker that cannot be reached holds nothing any more.
 async fn ask(admin: &Admin, head: &request::Parts) -> Asked {
     let workers = admin.servers(None);
     let mut asked: FuturesUnordered<_> = workers

@@ -202,7 +202,9 @@ async fn run(
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
     let named = [(WORKER_FIELD, worker.name())];
-    let extra = if cx.settings.worker_header { &named[..] } else { &[] };
+    // what the control thread says comes from several workers or from none, and its own listener is nobody's business
+    let names = cx.settings.worker_header && !std::ptr::eq(worker, &*cx.admin);
+    let extra = if names { &named[..] } else { &[] };
     let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra };
     outlet.answer.write_downstream(&mut answer_head, &downstream);
 

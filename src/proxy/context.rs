@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    hash::{BuildHasher, Hasher, RandomState},
     rc::Rc,
     sync::Arc,
 };
@@ -96,8 +97,9 @@ impl Context {
             shard: parts.shard,
             own_fleet: RefCell::new(Rc::new(Snapshot(parts.fleet.load_full()))),
             fleet: RefCell::new(arc_swap::Cache::new(parts.fleet)),
-            // any odd start will do; shards differ so that they do not choose in step
-            random: Cell::new(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(2 * parts.shard as u64 + 1)),
+            // From the operating system, so that neither shards nor proxies before the same workers choose in step;
+            // anything but 0 will do.
+            random: Cell::new(RandomState::new().build_hasher().finish() | 1),
             date: RefCell::new((u64::MAX, Rc::from(""))),
             connections: Cell::new(0),
         }

@@ -174,7 +174,8 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// The choice of one attempt. However the attempt ends, the router is told when this is dropped.
+/// The choice of one attempt. However the attempt ends, the router is told when this is dropped; it does not know of
+/// the control thread.
 struct Chosen<'a> {
     cx: &'a Context,
     asked: &'a Asked<'a>,
@@ -192,6 +193,9 @@ impl Drop for Chosen<'_> {
     fn drop(&mut self) {
         let usage = (!self.unsent).then(|| self.account.usage().unwrap_or_default());
         let Self { worker, demand, asked, .. } = self;
+        if Arc::ptr_eq(worker, &self.cx.admin) {
+            return;
+        }
         let outcome = Outcome { worker, prompt: &asked.prompt, demand: *demand, usage };
         // only a panic within the router leaves it borrowed
         if let Ok(mut router) = self.cx.router.try_borrow_mut() {
@@ -215,7 +219,7 @@ fn who<'a>(
 ) -> Result<Serving<'a>, Answer> {
     let to_admin =
         matches!(endpoint.treatment, Treatment::Admin | Treatment::Broadcast(_) | Treatment::Sticky);
-    if to_admin || continues && fleet.workers.len() > 1 {
+    if to_admin || continues && fleet.has_several_servers() {
         return Ok(Serving::Admin);
     }
     let by_query = endpoint.treatment == Treatment::Route(ModelSource::Query);

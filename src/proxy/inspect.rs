@@ -65,7 +65,7 @@ enum Need {
 impl Need {
     fn of(endpoint: &Endpoint, fleet: &Fleet, client: &Client<'_>) -> Self {
         let matters = fleet.model_matters();
-        let stateful = endpoint.path == RESPONSES && fleet.workers.len() > 1;
+        let stateful = endpoint.path == RESPONSES && fleet.has_several_servers();
         let needs = client.cx.needs;
         match endpoint.treatment {
             Treatment::Route(ModelSource::Json) if matters || stateful => Self::Json { most: None },

@@ -14,11 +14,11 @@ pub struct Settings {
     pub body_peek_bytes: u64,
 
     /// JSON bodies up to this size are read whole before a worker is chosen where the policy looks at the prompt
-    /// or the session; a larger one is chosen for by its length alone
+    /// or the session; for a larger one a worker is chosen by its length alone
     #[arg(long, env = "VLLM_PROXY_PROMPT_PEEK_BYTES", default_value_t = 8 * 1024 * 1024, value_name = "BYTES")]
     pub prompt_peek_bytes: u64,
 
-    /// Name the chosen worker in every answer of a worker, in the field `x-vllm-proxy-worker`
+    /// Name the chosen worker in its answers, in the field `x-vllm-proxy-worker`
     #[arg(long, env = "VLLM_PROXY_WORKER_HEADER")]
     pub worker_header: bool,
 

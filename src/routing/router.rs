@@ -14,6 +14,10 @@ use crate::{
     vllm::{Facts, Ranges},
 };
 
+/// Tokens that a prompt is taken for at most of which only the length is known. What is longer than the context of
+/// nearly all models is mostly images, and would keep everybody else away from its worker for nothing.
+const UNREAD_TOKENS: u64 = 128 * 1024;
+
 /// Asks the policy that is set for a model. Belongs to one shard.
 pub struct Router {
     default: Chooser,
@@ -79,10 +83,12 @@ impl Router {
         prompt
     }
 
-    /// A prompt of which only the length is known, in bytes: it has a size and nothing that could be found again.
+    /// A prompt of which only the length is known, in bytes: it has a size, up to a long context, and nothing
+    /// that could be found again.
     pub fn prompt_of_length(&self, bytes: u64, model: Option<&str>) -> Prompt {
         let rate = self.rates.get(model.unwrap_or_default());
-        Prompt::new(Vec::new(), bytes, (bytes as f64 / rate) as u64)
+        let bytes = (bytes as f64).min(UNREAD_TOKENS as f64 * rate);
+        Prompt::new(Vec::new(), bytes as u64, (bytes / rate) as u64)
     }
 
     /// Chooses one of `candidates` for a request to `model` (its own name, not an alias; `None`: to none in
@@ -202,6 +208,12 @@ mod tests {
         for &position in &round {
             assert_eq!((choose(Some("b")), choose(None)), (position, position), "each begins its own round");
         }
+    }
+
+    #[test]
+    fn a_body_that_is_not_read_counts_by_its_length_up_to_a_long_context() {
+        let tokens = |bytes| router(&[]).prompt_of_length(bytes, Some("m")).tokens();
+        assert_eq!([0, 4_000, 1 << 20, u64::MAX].map(tokens), [0, 1_000, UNREAD_TOKENS, UNREAD_TOKENS]);
     }
 
     #[test]

@@ -73,6 +73,15 @@ impl Fleet {
         self.workers.iter().any(|worker| worker.usable())
     }
 
+    /// Whether there is more than one server: data-parallel ranks of one share what it stores.
+    pub fn has_several_servers(&self) -> bool {
+        match (self.workers.first(), self.workers.last()) {
+            // the ranks of a server follow each other
+            (Some(first), Some(last)) => !first.shares_server(last),
+            _ => false,
+        }
+    }
+
     /// The models known, in order of first appearance.
     pub fn models(&self) -> &[Model] {
         &self.models

@@ -77,7 +77,7 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// Counts one request more on `worker`; its uncached tokens are queued there from now on.
+    /// Counts one request more on `worker`; its work is queued there from now on.
     pub fn begin(worker: Arc<Worker>, demand: Demand) -> Self {
         let cells = worker.cells();
         cells.in_flight.fetch_add(1, Ordering::Relaxed);

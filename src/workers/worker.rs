@@ -190,8 +190,8 @@ impl Worker {
         self.health() == Health::Up
     }
 
-    /// Sets what is believed of it and of its server's other ranks; returns what was believed before. Who comes back from being down has most
-    /// likely been started anew, so going down loses the cache.
+    /// Sets what is believed of it and of its server's other ranks; returns what was believed before. Who comes
+    /// back from being down has most likely been started anew, so going down loses the cache.
     pub fn set_health(&self, health: Health) -> Health {
         let before = match self.server.health.swap(health as u8, Ordering::Relaxed) {
             1 => Health::Up,

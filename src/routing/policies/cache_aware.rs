@@ -1,14 +1,14 @@
 //! The worker that will have the least to compute before this request's first token, seen from the whole fleet.
 //!
 //! ```text
-//! cost = queued + a × uncached + 200 × in flight + 0.01 × decoding        (tokens)
+//! cost = queued + a × uncached + 200 × in flight + 0.01 × decoding        (tokens, times the worker's cost)
 //! a    = 1.2 + mean queued / 4096, at most --cache-miss-weight-max
 //! ```
 //! `uncached` is what of this prompt the [`PrefixIndex`] does not find on the worker, and `queued` the same of the
-//! requests that have no first token yet; both weigh a token by the context that it is computed behind. A miss costs this request
-//! little and everybody behind it much, so its weight grows with the backlog: at 1 the choice is greedy, and a busy
-//! fleet falls into a state where every prompt is computed everywhere (`routing.md` §0.2, simulated: at 90 % load
-//! the mean time to the first token is 48 times as long). Ties are broken by chance.
+//! requests that have no first token yet; both weigh a token by the context that it is computed behind. A miss
+//! costs this request little and everybody behind it much, so its weight grows with the backlog: at 1 the choice
+//! is greedy, and a busy fleet falls into a state where every prompt is computed everywhere (`routing.md` §0.2,
+//! simulated: at 90 % load the mean time to the first token is 48 times as long). Ties are broken by chance.
 //!
 //! What is not known of a prompt (a body that was not read, a prompt shorter than a chunk) is taken for uncached on
 //! every worker: then the load decides alone.
@@ -266,7 +266,7 @@ mod tests {
             }
             // a hit asks for a token and its place in the batch
             queued.push(bed.begin(next));
-            assert!(queued.len() < 20, "1280 tokens at 1.5 are worth some nine requests");
+            assert!(queued.len() < 20, "1300 tokens at 1.2 are worth some eight requests");
         }
         assert!(queued.len() > 7, "{}", queued.len());
     }

@@ -77,10 +77,8 @@ pub trait Policy {
     /// Chooses one of `candidates`; `None` only if there are none.
     fn choose(&mut self, input: &RouteInput<'_>, candidates: &Candidates<'_>) -> Option<Selection>;
 
-    /// Takes in what became of a choice. Not called for every request: an answer may not tell.
-    fn ended(&mut self, outcome: &Outcome<'_>) {
-        let _ = outcome;
-    }
+    /// Takes in what became of a choice. Called once for each, however it ended.
+    fn ended(&mut self, _outcome: &Outcome<'_>) {}
 
     /// What the candidates of the last choice were worth, for the log; empty where a policy does not weigh them.
     fn scores(&self) -> &[Score] {

@@ -190,7 +190,10 @@ impl PrefixIndex {
     /// where it has ended.
     pub fn touch(&self, seat: usize, chunks: &[u64], capacity: u64, lead: u64) {
         let fit = usize::try_from(capacity).unwrap_or(usize::MAX).min(chunks.len());
-        let Some(mut pass) = self.seats.pass(seat, capacity, lead).filter(|_| fit > 0) else { return };
+        if fit == 0 {
+            return;
+        }
+        let Some(mut pass) = self.seats.pass(seat, capacity, lead) else { return };
         // what lies before a chunk that was written is written as well, so that it does not go first
         let mut recent = RECENT;
         let mut ahead = chunks.iter().take(fit).rev().skip(AHEAD);

@@ -26,6 +26,8 @@ const MEMORY_BYTES: u64 = 256 * 1024;
 pub struct TokenRates {
     /// By the hash of the model's name: a [`Mean`]'s bits; 0: nothing is known.
     cells: [AtomicU64; CELLS],
+    /// The same of all models together. Whose model is not known yet is most likely an adapter of one that is.
+    all: AtomicU64,
 }
 
 /// What is known of a model.
@@ -49,14 +51,15 @@ impl Mean {
 
 impl Default for TokenRates {
     fn default() -> Self {
-        Self { cells: [const { AtomicU64::new(0) }; CELLS] }
+        Self { cells: [const { AtomicU64::new(0) }; CELLS], all: AtomicU64::new(0) }
     }
 }
 
 impl TokenRates {
-    /// Bytes per token.
+    /// Bytes per token; of a model of which nothing has been learnt, what all others have in the mean.
     pub fn get(&self, model: &str) -> f64 {
-        let mean = Mean::of_bits(self.cell(model).load(Relaxed));
+        let known = |cell: &AtomicU64| Mean::of_bits(cell.load(Relaxed));
+        let mean = known(self.cell(model)).or_else(|| known(&self.all));
         mean.map_or(DEFAULT, |mean| 1.0 / f64::from(mean.tokens_per_byte))
     }
 
@@ -66,17 +69,18 @@ impl TokenRates {
             return;
         }
         let seen = tokens as f64 / bytes as f64;
-        let cell = self.cell(model);
-        let old = cell.load(Relaxed);
-        let (mean, known) = Mean::of_bits(old)
-            .map_or((seen, 0), |mean| (f64::from(mean.tokens_per_byte), u64::from(mean.bytes)));
         let bytes = bytes.min(MEMORY_BYTES);
-        let new = Mean {
-            tokens_per_byte: (mean + (seen - mean) * bytes as f64 / (bytes + known) as f64) as f32,
-            bytes: (bytes + known).min(MEMORY_BYTES) as u32,
-        };
-        // who comes second is not heard
-        let _ = cell.compare_exchange(old, new.bits(), Relaxed, Relaxed);
+        for cell in [self.cell(model), &self.all] {
+            let old = cell.load(Relaxed);
+            let (mean, known) = Mean::of_bits(old)
+                .map_or((seen, 0), |mean| (f64::from(mean.tokens_per_byte), u64::from(mean.bytes)));
+            let new = Mean {
+                tokens_per_byte: (mean + (seen - mean) * bytes as f64 / (bytes + known) as f64) as f32,
+                bytes: (bytes + known).min(MEMORY_BYTES) as u32,
+            };
+            // who comes second is not heard
+            let _ = cell.compare_exchange(old, new.bits(), Relaxed, Relaxed);
+        }
     }
 
     fn cell(&self, model: &str) -> &AtomicU64 {
@@ -94,7 +98,16 @@ mod tests {
         assert_eq!(rates.get("m"), 4.0);
         rates.learn("m", 50, 25);
         assert_eq!(rates.get("m"), 2.0);
-        assert_eq!(rates.get("another"), 4.0);
+    }
+
+    #[test]
+    fn a_model_that_is_new_begins_with_what_the_others_have() {
+        let rates = TokenRates::default();
+        rates.learn("base", 1000, 500);
+        assert_eq!(rates.get("an adapter"), 2.0);
+        rates.learn("an adapter", 1000, 250);
+        assert_eq!((rates.get("base"), rates.get("an adapter")), (2.0, 4.0), "they do not mix");
+        assert!((rates.get("another") - 2000.0 / 750.0).abs() < 1e-6, "{}", rates.get("another"));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! horizon beyond every tick that was given out.
 //!
 //! What is being used cannot be evicted before it is put down again. So an entry may be given a tick ahead of the
-//! clock, that of the time at which it will presumably be put down.
+//! clock, that of the time at which it will presumably be put down. If more is in use than fits, some of that is
+//! evicted all the same: then the horizon passes the clock, and whoever puts something next moves the clock on.
 //!
 //! **Why the ring is long enough.** In a cache of C chunks an entry is gone before C others were put in after its
 //! last use, which takes the clock [`GRAIN`] ticks. Renewals move the clock as well, so that what was renewed at
@@ -168,11 +169,10 @@ impl Seats {
                 return;
             }
             match self.horizons[seat].compare_exchange(horizon, to, Relaxed, Relaxed) {
-                Ok(_) => break,
+                Ok(_) => return self.sweep(seat, to, to.wrapping_sub(horizon)),
                 Err(other) => horizon = other,
             }
         }
-        self.sweep(seat, to, to.wrapping_sub(horizon));
     }
 
     /// Empties the cells of `count` ticks that end with `last`, of a seat that there is.
@@ -222,6 +222,10 @@ impl Seats {
     /// be counted yet, so the latest quarter of the ring is left alone.
     fn creep(&self, seat: usize, now: u32) {
         let mut to = self.horizons[seat].load(Relaxed);
+        if !later(now, to) {
+            // who evicts at this moment has passed the clock
+            return;
+        }
         let mut left = now.wrapping_sub(to).saturating_sub(CELLS / 4).min(CELLS);
         while left > 0 && self.cell(seat, to.wrapping_add(1)).load(Relaxed) <= 0 {
             to = to.wrapping_add(1);
@@ -230,9 +234,8 @@ impl Seats {
         self.raise(seat, to);
     }
 
-    /// Begins to put something into a seat that holds `capacity` chunks, and that will be in use until `lead` more
-    /// were put in. `None`: there is no such seat, or it can
-    /// hold nothing.
+    /// Begins to put something into a seat that holds `capacity` chunks, which will be in use until `lead` more were
+    /// put in. `None`: there is no such seat, or it can hold nothing.
     pub(super) fn pass(&self, seat: usize, capacity: u64, lead: u64) -> Option<Pass<'_>> {
         self.catch_up(seat);
         let clock = self.clocks.get(seat)?.now.load(Relaxed);
@@ -369,5 +372,20 @@ impl Pass<'_> {
         let horizon = self.seats.horizons[self.seat].load(Relaxed);
         let room = (CELLS / 2).saturating_sub(whole(self.clock).wrapping_sub(horizon));
         self.move_step = self.step * u64::from(room) / u64::from(CELLS / 2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_horizon_that_has_passed_the_clock_does_not_run_on() {
+        let seats = Seats::new(1);
+        seats.raise(0, 50);
+        seats.creep(0, 10);
+        assert_eq!(seats.horizon(0), Some(50));
+        seats.creep(0, CELLS / 4 + 60);
+        assert_eq!(seats.horizon(0), Some(60), "over what nothing carries, up to the latest quarter");
     }
 }

@@ -186,7 +186,7 @@ pub const CATALOGUE: &[Row] = &[
     },
     Row {
         name: "vllm_proxy_worker_queued_tokens",
-        help: "Prompt tokens of requests of this process that a worker has not answered with a first token yet, without those believed to be in its prefix cache",
+        help: "What a worker has to compute for requests of this process that have no first token yet, in prompt tokens: without those believed to be in its prefix cache, and those behind a long context for more than one",
         kind: Kind::Gauge,
         values: Values::PerWorker(|worker| worker.queued_tokens),
     },
@@ -219,6 +219,12 @@ pub const CATALOGUE: &[Row] = &[
         help: "Tokens that a worker's prefix cache holds, as it says",
         kind: Kind::Gauge,
         values: Values::IfTold(|worker| worker.cache_tokens.map(|tokens| tokens as f64)),
+    },
+    Row {
+        name: "vllm_proxy_worker_block_tokens",
+        help: "Tokens of a block of a worker's prefix cache, which holds whole blocks only, as it says",
+        kind: Kind::Gauge,
+        values: Values::IfTold(|worker| worker.block_tokens.map(f64::from)),
     },
     Row {
         name: "vllm_proxy_worker_foreign_requests",

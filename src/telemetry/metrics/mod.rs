@@ -94,7 +94,7 @@ pub struct WorkerSample {
     pub transport_errors: u64,
     /// Connections opened.
     pub connects: u64,
-    /// Uncached prompt tokens of our requests that have not had their first token.
+    /// What it has to compute for our requests that have not had their first token, in prompt tokens.
     pub queued_tokens: u64,
     /// Prompt tokens of our requests that have.
     pub decode_tokens: u64,
@@ -106,6 +106,8 @@ pub struct WorkerSample {
     pub kv_usage: Option<f64>,
     /// Tokens that its prefix cache holds, as it says.
     pub cache_tokens: Option<u64>,
+    /// Tokens of a block of its prefix cache, as it says.
+    pub block_tokens: Option<u32>,
     /// Requests on it that are not ours.
     pub foreign: u32,
     /// Tokens of the prompts that were sent to it, as they were estimated.
@@ -231,6 +233,7 @@ mod tests {
             engine_waiting: Some(0),
             kv_usage: Some(0.25),
             cache_tokens: Some(4096),
+            block_tokens: Some(128),
             foreign: 10,
             prompt_tokens: 11,
             predicted_cached_tokens: 12,
@@ -346,6 +349,7 @@ mod tests {
             assert_eq!(series("engine_waiting"), "0.0");
             assert_eq!(series("kv_cache_usage_ratio"), "0.25");
             assert_eq!(series("cache_tokens"), "4096.0");
+            assert_eq!(series("block_tokens"), "128.0");
             assert_eq!(series("foreign_requests"), "10");
             assert_eq!(series("prompt_tokens_total"), "11");
             assert_eq!(series("predicted_cached_tokens_total"), "12");
@@ -361,7 +365,9 @@ mod tests {
     fn what_a_worker_does_not_tell_is_not_shown() {
         let silent = WorkerSample { worker: "w".to_owned(), ..WorkerSample::default() };
         let text = metrics().encode(Exposition::OpenMetrics, vec![silent, sample("v")]).unwrap();
-        for name in ["engine_running", "engine_waiting", "kv_cache_usage_ratio", "cache_tokens"] {
+        for name in
+            ["engine_running", "engine_waiting", "kv_cache_usage_ratio", "cache_tokens", "block_tokens"]
+        {
             let series = |worker: &str| format!("\nvllm_proxy_worker_{name}{{worker=\"{worker}\"}} ");
             assert!(!text.contains(&series("w")) && text.contains(&series("v")), "{name}");
         }
