@@ -123,7 +123,7 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("--policy", "kvaware", "cache_aware, least_requests, round_robin, "),
         ("--prompt-peek-bytes", "536870913", "a whole number of bytes, not more than --max-body-bytes"),
         ("--prefix-index-bytes", "1099511627777", "a whole number of bytes from 0 to 2^40"),
-        ("--cache-miss-weight-max", "0.9", "a number from 1 to 100"),
+        ("--cache-miss-weight-max", "1.1", "a number from 1.2 to 100"),
         ("--model-policy", "a=kv-aware", "model=policy, "),
         ("--model-policy", "=random", "model=policy, "),
         ("--hash-load-factor", "0.9", "0, or a number from 1 to 1000"),

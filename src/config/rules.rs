@@ -78,7 +78,7 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "capacity_waiting_weight", allowed: "a number from 0 to 1000", check: |c| within(c.routing.capacity_waiting_weight, 0.0..=1000.0) },
     Rule { id: "prefix_index_bytes", allowed: "a whole number of bytes from 0 to 2^40", check: |c| within(c.routing.prefix_index_bytes, 0..=1 << 40) },
     Rule { id: "worker_cache_tokens", allowed: "a whole number from 0 to 2^40", check: |c| within(c.routing.worker_cache_tokens, 0..=1 << 40) },
-    Rule { id: "cache_miss_weight_max", allowed: "a number from 1 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.0..=100.0) },
+    Rule { id: "cache_miss_weight_max", allowed: "a number from 1.2 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.2..=100.0) },
 
     Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
     Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },
