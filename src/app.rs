@@ -99,7 +99,12 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     .context("cannot start the control thread")?;
     control.wait_ready();
 
-    let routing = routing::Shared::new(config.routing.clone(), fleet.load().workers.len());
+    let workers = fleet.load().workers.len();
+    if workers > routing::MAX_SEATS {
+        let most = routing::MAX_SEATS;
+        tracing::warn!(workers, most, "the prompts of the workers beyond are not remembered");
+    }
+    let routing = routing::Shared::new(config.routing.clone(), workers);
     let orders = Arc::new(Orders::default());
     let clock = Clock::start();
     let (end, ended) = mpsc::channel();
@@ -121,7 +126,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         starting.go.send(Order::Start(Box::new(order))).ok().context("a shard ended before it began")?;
         shards.push(starting.thread);
     }
-    tracing::info!(%address, io = %driver, shards = count, workers = fleet.load().workers.len(), "listening");
+    tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
     Ok(Running { address, driver, fleet, orders, shards, control, grace, ended })
 }
