@@ -10,7 +10,7 @@ mod settings;
 pub use crate::vllm::Usage;
 pub use candidates::{Candidates, Tried};
 pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Score, Selection, Shared};
-pub use prefix::{CHUNK_BYTES, CacheSizes, MAX_CHUNKS, MAX_SEATS, PrefixIndex, Prompt, TokenRates};
+pub use prefix::{CHUNK_BYTES, CacheSizes, MAX_CHUNKS, MAX_SEATS, Partings, PrefixIndex, Prompt, TokenRates};
 pub use router::Router;
 pub use session::SessionKeys;
 pub use settings::{ModelPolicy, PolicyName, Settings};

@@ -20,12 +20,14 @@ pub struct Demand {
     pub uncached_tokens: u64,
     /// What computing these takes, in tokens at the beginning of a prompt: further behind they cost more.
     pub work_tokens: u64,
+    /// Tokens of the prompt that the worker is certain to share, and up to where it may.
+    pub shared_tokens: (u64, u64),
 }
 
 impl Demand {
     /// Tokens of a prompt that all cost the same.
     pub fn new(prompt_tokens: u64, uncached_tokens: u64) -> Self {
-        Self { prompt_tokens, uncached_tokens, work_tokens: uncached_tokens }
+        Self { prompt_tokens, uncached_tokens, work_tokens: uncached_tokens, shared_tokens: (0, 0) }
     }
 
     /// Tokens that are believed to be in the worker's prefix cache.
@@ -131,7 +133,8 @@ impl Drop for InFlight {
 mod tests {
     use super::*;
 
-    const DEMAND: Demand = Demand { prompt_tokens: 100, uncached_tokens: 30, work_tokens: 30 };
+    const DEMAND: Demand =
+        Demand { prompt_tokens: 100, uncached_tokens: 30, work_tokens: 30, shared_tokens: (0, 0) };
 
     #[test]
     fn everything_ends_with_the_guard() {

@@ -13,13 +13,13 @@
 //! What is not known of a prompt (a body that was not read, a prompt shorter than a chunk) is taken for uncached on
 //! every worker: then the load decides alone.
 
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
 use super::chance;
 use crate::{
     routing::{
-        CacheSizes, Candidates, Definition, Needs, Outcome, Policy, PrefixIndex, Prompt, RouteInput, Score,
-        Selection, Shared,
+        CacheSizes, Candidates, Definition, Needs, Outcome, Partings, Policy, PrefixIndex, Prompt,
+        RouteInput, Score, Selection, Shared,
     },
     workers::{Demand, Worker},
 };
@@ -52,6 +52,7 @@ pub(super) const DEFINITION: Definition = Definition {
 struct CacheAware {
     index: Arc<PrefixIndex>,
     sizes: Arc<CacheSizes>,
+    partings: Arc<Partings>,
     miss_weight_max: f64,
     /// Of the candidates, in their order: numbers in the index, chunks found there, costs.
     seats: Vec<usize>,
@@ -64,6 +65,7 @@ impl CacheAware {
         Self {
             index: shared.index.clone(),
             sizes: shared.sizes.clone(),
+            partings: shared.partings.clone(),
             miss_weight_max: shared.settings.cache_miss_weight_max.max(MISS_WEIGHT_MIN),
             seats: Vec::new(),
             depths: Vec::new(),
@@ -93,7 +95,7 @@ impl Policy for CacheAware {
         for ((position, worker), &depth) in candidates.iter().zip(&self.depths) {
             let load = worker.load();
             let work = load.queued_tokens as f64
-                + weight * demand(input.prompt, worker, depth).work_tokens as f64
+                + weight * demand(&self.partings, input.prompt, worker, depth).work_tokens as f64
                 + REQUEST_TOKENS * (f64::from(load.in_flight) + 1.0)
                 + DECODE_SHARE * load.decode_tokens as f64;
             let cost = work * worker.traits().cost;
@@ -105,7 +107,8 @@ impl Policy for CacheAware {
         let turn = if ties > 1 { chance::below(input.random, ties) } else { 0 };
         let at = (0..self.scores.len()).filter(|&at| best(&self.scores[at])).nth(turn)?;
         let (position, worker) = candidates.get(at)?;
-        let selection = Selection { position, demand: demand(input.prompt, worker, self.depths[at]) };
+        let selection =
+            Selection { position, demand: demand(&self.partings, input.prompt, worker, self.depths[at]) };
         // Until its request ends a prompt is in use and cannot be evicted, whatever comes meanwhile.
         let room = input.prompt.chunks_per(self.sizes.tokens(worker));
         self.index.touch(worker.id(), input.prompt.chunks(), room, room);
@@ -126,6 +129,10 @@ impl Policy for CacheAware {
             // it lies in the worker's cache although no prompt leads to it yet
             self.index.add_pressure(worker.id(), prompt.chunks_per(generated), room);
         }
+        if let Some(reported) = usage.cached_tokens {
+            let (certain, possible) = demand.shared_tokens;
+            self.partings.learn(&(certain..possible), block(worker), reported);
+        }
         if let Some(reported) = usage.cached_tokens
             && self.sizes.reported(worker, demand, reported)
         {
@@ -140,31 +147,20 @@ impl Policy for CacheAware {
 
 /// What a prompt asks of a worker that holds its first `depth` chunks: only whole blocks are found, and the last
 /// token is always computed.
-///
-/// Prompts part anywhere in a chunk. To count whole chunks only would be wrong by half of one in the mean, which is
-/// much of a short prompt and the same way each time, so what counts is the mean over all places.
-fn demand(prompt: &Prompt, worker: &Worker, depth: u32) -> Demand {
+fn demand(partings: &Partings, prompt: &Prompt, worker: &Worker, depth: u32) -> Demand {
     let prompt_tokens = prompt.tokens();
     let most = prompt_tokens.saturating_sub(1);
     let shared = prompt.shared_tokens(depth as usize);
-    let block = worker.engine().block_tokens().unwrap_or(1).max(1);
-    let found = mean_in_blocks(shared.start.min(most)..shared.end.min(most), block.into());
-    let uncached_tokens = prompt_tokens - found.min(most);
+    let found = partings.expected(&shared, block(worker)).min(most);
+    let uncached_tokens = prompt_tokens - found;
     let middle = (prompt_tokens - uncached_tokens / 2) as f64;
     let work_tokens = (uncached_tokens as f64 * (1.0 + middle / ATTENTION_TOKENS)) as u64;
-    Demand { prompt_tokens, uncached_tokens, work_tokens }
+    Demand { prompt_tokens, uncached_tokens, work_tokens, shared_tokens: (shared.start, shared.end) }
 }
 
-/// Tokens in whole blocks of `block` tokens, in the mean over all numbers of tokens from `range.start` to
-/// `range.end`, each included.
-fn mean_in_blocks(range: Range<u64>, block: u64) -> u64 {
-    // the whole blocks of each number below `end`, in sum
-    let below = |end: u64| {
-        let (blocks, rest) = ((end / block) as f64, (end % block) as f64);
-        block as f64 * (block as f64 * blocks * (blocks - 1.0) / 2.0 + blocks * rest)
-    };
-    let numbers = range.end.saturating_sub(range.start) + 1;
-    ((below(range.start + numbers) - below(range.start)) / numbers as f64) as u64
+/// Tokens of a block of the worker's cache.
+fn block(worker: &Worker) -> u64 {
+    worker.engine().block_tokens().unwrap_or(1).max(1).into()
 }
 
 #[cfg(test)]
@@ -238,19 +234,6 @@ mod tests {
         let stats = EngineStats { block_tokens: Some(500), ..EngineStats::default() };
         bed.fleet.workers[0].engine().set(&stats, 0);
         assert_eq!(bed.choose(&prompt(1, 10)).demand.cached_tokens(), 1000);
-    }
-
-    #[test]
-    fn what_is_expected_of_a_worker_is_the_mean_of_what_it_may_have() {
-        for (range, block) in
-            [(0..0, 1), (0..999, 1), (512..639, 128), (300..811, 128), (90..1000, 16), (5..7, 100)]
-        {
-            let numbers = range.end - range.start + 1;
-            let sum: u64 = range.clone().chain([range.end]).map(|tokens| tokens / block * block).sum();
-            assert_eq!(mean_in_blocks(range.clone(), block), sum / numbers, "{range:?} in blocks of {block}");
-        }
-        mean_in_blocks(0..u64::MAX - 1, 1);
-        mean_in_blocks(u64::MAX - 1..u64::MAX - 1, u32::MAX.into());
     }
 
     #[test]

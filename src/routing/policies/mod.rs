@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    routing::{CacheSizes, Candidates, PrefixIndex, Prompt, Settings, TokenRates},
+    routing::{CacheSizes, Candidates, Partings, PrefixIndex, Prompt, Settings, TokenRates},
     vllm::Usage,
     workers::{Demand, Worker},
 };
@@ -106,6 +106,8 @@ pub struct Shared {
     pub sizes: Arc<CacheSizes>,
     /// How many bytes a token has.
     pub rates: Arc<TokenRates>,
+    /// Where in a chunk prompts part.
+    pub partings: Arc<Partings>,
 }
 
 impl Shared {
@@ -117,6 +119,7 @@ impl Shared {
             index: Arc::new(PrefixIndex::new(usize::try_from(bytes).unwrap_or(usize::MAX), workers)),
             sizes: Arc::new(CacheSizes::new(settings.worker_cache_tokens, workers)),
             rates: Arc::new(TokenRates::default()),
+            partings: Arc::new(Partings::default()),
             settings: Arc::new(settings),
         }
     }

@@ -6,12 +6,14 @@
 mod index;
 mod media;
 mod memory;
+mod partings;
 mod prompt;
 mod rates;
 mod seat;
 mod sizes;
 
 pub use index::{MAX_SEATS, PrefixIndex};
+pub use partings::Partings;
 pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
 pub use sizes::CacheSizes;

@@ -141,11 +141,10 @@ impl Prompt {
 
     /// Between how many and how many tokens it has in common with a prompt that shares its first `depth` chunks and
     /// no more of them: from the end of the last to the end of the one that was not found, or the prompt's own.
-    /// Nothing is known of what shares no chunk; it is taken for nothing.
+    /// What shares no chunk may still share some of the first.
     pub fn shared_tokens(&self, depth: usize) -> Range<u64> {
         let least = self.tokens_of(depth);
         match depth {
-            0 => 0..0,
             depth if depth < self.chunks.len() => least..self.tokens_of(depth + 1),
             _ => least..self.tokens,
         }

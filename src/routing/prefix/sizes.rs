@@ -116,7 +116,8 @@ mod tests {
     use super::*;
     use crate::workers::EngineStats;
 
-    const HIT: Demand = Demand { prompt_tokens: 10_000, uncached_tokens: 2_000, work_tokens: 2_000 };
+    const HIT: Demand =
+        Demand { prompt_tokens: 10_000, uncached_tokens: 2_000, work_tokens: 2_000, shared_tokens: (0, 0) };
 
     fn worker() -> Worker {
         Worker::new(0, "http://a:1".parse().unwrap())
