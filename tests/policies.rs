@@ -70,8 +70,8 @@ variants! {
         assert_ne!(chosen(), chosen(), "that would be one chance in 2^40");
     }
 
-    fn power_of_two_and_capacity_avoid_the_busy_one(v: Variant) {
-        for policy in ["power_of_two", "capacity"] {
+    fn policies_of_load_leave_a_busy_worker_alone(v: Variant) {
+        for policy in ["least_requests", "power_of_two", "capacity"] {
             let gate = Gate::new();
             let busy = worker().model("m").model("own").holds(&gate).start();
             let free = worker().model("m").start();

@@ -19,23 +19,6 @@ variants! {
         clients.iter_mut().for_each(|client| assert_eq!(client.response().expect(200).completion(), "ok"));
     }
 
-    fn a_busy_worker_is_left_alone(v: Variant) {
-        let gate = Gate::new();
-        let (busy, free) = (worker().model("m").model("own").holds(&gate).start(), worker().model("m").start());
-        let proxy = proxy(v).arg("--policy", "least_requests").worker(&busy).worker(&free).start();
-        let mut waiting: Vec<_> = (0..3).map(|_| proxy.client()).collect();
-        for client in &mut waiting {
-            client.send(client::post("/v1/chat/completions", client::chat("own")));
-        }
-        eventually("it is busy", || gate.waiting() == 3);
-        for _ in 0..10 {
-            proxy.client().chat("m").expect(200);
-        }
-        assert_eq!((busy.requests().len(), free.requests().len()), (3, 10));
-        gate.open();
-        waiting.iter_mut().for_each(|client| drop(client.response().expect(200)));
-    }
-
     fn ties_spread_evenly(v: Variant) {
         let workers: Vec<_> = (0..3).map(|_| worker().start()).collect();
         let proxy = workers.iter().fold(proxy(v).arg("--policy", "least_requests"), |proxy, worker| proxy.worker(worker)).start();
