@@ -90,7 +90,9 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         connect: Duration::from_secs(config.upstream.connect_timeout_secs),
         body_bytes: usize::try_from(config.proxy.max_body_bytes).unwrap_or(usize::MAX),
     };
+    let clock = Clock::start();
     let control = control::start(control::Parts {
+        clock,
         settings: config.control.clone(),
         registry,
         aliases: config.static_aliases.clone(),
@@ -106,7 +108,6 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     let routing = routing::Shared::new(config.routing.clone(), workers);
     let orders = Arc::new(Orders::default());
-    let clock = Clock::start();
     let (end, ended) = mpsc::channel();
     let mut shards = Vec::with_capacity(count);
     for (index, (starting, listener)) in starting.into_iter().zip(listeners).enumerate() {

@@ -72,7 +72,14 @@ impl Running {
         let metrics = Arc::new(Metrics::new(1, ["/v1/chat/completions"]));
         let limits = Limits { connect: Duration::from_secs(2), body_bytes };
         let service = service(listener, metrics, limits);
-        let handle = control::start(Parts { settings, registry, aliases: vec![], service }).unwrap();
+        let handle = control::start(Parts {
+            clock: crate::base::Clock::start(),
+            settings,
+            registry,
+            aliases: vec![],
+            service,
+        })
+        .unwrap();
         handle.wait_ready();
         Self { admin, fleet, handle: Some(handle) }
     }

@@ -54,6 +54,8 @@ pub type Service = Box<dyn FnOnce(Arc<Control>) -> Pin<Box<dyn Future<Output = (
 
 /// What the control thread is made of.
 pub struct Parts {
+    /// The process's clock.
+    pub clock: Clock,
     /// Intervals and time limits.
     pub settings: Settings,
     /// The workers.
@@ -133,14 +135,14 @@ fn chance() -> f64 {
 }
 
 impl Control {
-    fn new(settings: &Settings, registry: Registry, aliases: Vec<(String, String)>) -> Self {
+    fn new(settings: &Settings, registry: Registry, aliases: Vec<(String, String)>, clock: Clock) -> Self {
         let workers: Vec<Arc<Worker>> = registry.workers().cloned().collect();
         let key = settings.worker_api_key.as_ref().and_then(|key| {
             let mut value = HeaderValue::from_str(&format!("Bearer {key}")).ok()?;
             value.set_sensitive(true);
             Some(value)
         });
-        let (pace, clock) = (Pace::new(settings), Clock::start());
+        let pace = Pace::new(settings);
         let scrape = |lead: &Arc<Worker>| {
             let ranks = workers.iter().filter(|worker| worker.shares_server(lead)).count();
             let interval = pace.scrape_interval.filter(|_| lead.leads())?;
@@ -231,8 +233,8 @@ pub fn start(parts: Parts) -> io::Result<Handle> {
 
 /// Runs everything; ends only with a panic of one of its parts.
 async fn run(parts: Parts, ready: std_mpsc::Sender<()>) {
-    let Parts { settings, registry, aliases, service } = parts;
-    let control = Arc::new(Control::new(&settings, registry, aliases));
+    let Parts { settings, clock, registry, aliases, service } = parts;
+    let control = Arc::new(Control::new(&settings, registry, aliases, clock));
     let mut tasks = JoinSet::new();
     tasks.spawn(service(control.clone()));
     let (latch, mut released) = mpsc::channel(1);

@@ -37,7 +37,8 @@ impl Running {
         let registry = Registry::new(specs, ModelSettings::default());
         let fleet = registry.handle();
         let service: Service = Box::new(|_| Box::pin(std::future::pending()));
-        let handle = start(Parts { settings, registry, aliases: vec![], service }).unwrap();
+        let handle =
+            start(Parts { settings, clock: Clock::start(), registry, aliases: vec![], service }).unwrap();
         handle.wait_ready();
         Self { fleet, handle: Some(handle) }
     }

@@ -10,20 +10,17 @@ use std::{
 use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
-    http::{
-        DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, ResponseFraming, ResponseHead, UpstreamHead,
-        Version,
-    },
-    net::{Buffer, ReadAhead},
+    http::{DownstreamHead, OutFraming, ResponseFraming, ResponseHead, UpstreamHead},
+    net::Buffer,
     proxy::{
         account::Account,
+        answer::{Wanted, receive},
         body::{self, Body, Sent},
-        client::{After, Client, Outlet, grow},
-        context::{Context, LARGE_BYTES},
-        inbox::Inbox,
+        client::{After, Client},
         listener::Listener,
         relay::{Plan, Relayed, relay},
         retry::{Failure, Verdict},
+        tunnel::tunnel,
     },
     upstream::Connection,
     vllm,
@@ -35,9 +32,6 @@ const LOAD_FIELD: &str = "endpoint-load-metrics";
 
 /// The field that names the worker in an answer, where that is asked for.
 const WORKER_FIELD: &str = "x-vllm-proxy-worker";
-
-/// Interim answers (1xx) before the final one at most (`faults.md` §2.3).
-const MAX_INTERIM: usize = 8;
 
 /// After a connection was found dead, its unfinished write is given this long to fail too, so that the body
 /// comes back from the kernel.
@@ -51,16 +45,6 @@ pub(super) enum Attempted {
     Failed(Failure, Option<Body>),
     /// The request itself is at fault; nothing has been sent to the client.
     Refused(Failure),
-}
-
-/// What the answer to a request may be.
-#[derive(Debug, Clone, Copy)]
-struct Wanted {
-    /// It has no body, whatever its head says.
-    to_head: bool,
-    /// It may be 101.
-    upgrade: bool,
-    version: Version,
 }
 
 /// How an attempt is made.
@@ -277,111 +261,4 @@ async fn alongside<F: Future<Output = Sent>, T>(
         main.as_mut().poll(context).map(Ok)
     })
     .await
-}
-
-/// Reads the head of the final answer into `outlet.answer`; what came behind it is returned. Interim answers
-/// are passed on to clients that understand them.
-async fn receive(
-    cx: &Context,
-    outlet: &mut Outlet<'_>,
-    reader: &mut ReadAhead,
-    wanted: Wanted,
-    reused: bool,
-) -> Result<Buffer, Failure> {
-    let mut interim = 0;
-    outlet.answer.reset();
-    let (mut result, mut buffer) = reader.read(|| cx.buffers.large()).await;
-    loop {
-        match result {
-            Ok(count) if count > 0 => {}
-            _ if buffer.is_empty() && interim == 0 => return Err(Failure::NoAnswer { reused }),
-            _ => return Err(Failure::AnswerCut),
-        }
-        while !buffer.is_empty() {
-            let parsed = outlet.answer.parse(buffer.filled(), wanted.to_head).map_err(Failure::BadAnswer)?;
-            if let Some(count) = parsed {
-                buffer.advance(count);
-                match outlet.answer.status() {
-                    101 if wanted.upgrade => return Ok(buffer),
-                    101 => return Err(Failure::Unexpected("101 without an upgrade")),
-                    100..=199 => {
-                        interim += 1;
-                        if interim > MAX_INTERIM {
-                            return Err(Failure::Unexpected("too many interim answers"));
-                        }
-                        Box::pin(pass_interim(outlet, wanted.version)).await?;
-                        outlet.answer.reset();
-                        continue;
-                    }
-                    _ => return Ok(buffer),
-                }
-            }
-            break;
-        }
-        if buffer.spare() == 0 {
-            buffer = grow(buffer, MAX_RESPONSE_HEAD_BYTES + 1);
-        }
-        (result, buffer) = reader.read(|| buffer).await;
-    }
-}
-
-/// Passes an interim answer on. Our own 100 has been sent when the body was read, and HTTP/1.0 knows none.
-async fn pass_interim(outlet: &mut Outlet<'_>, version: Version) -> Result<(), Failure> {
-    if outlet.answer.status() == 100 || version == Version::Http10 {
-        return Ok(());
-    }
-    let mut head = std::mem::take(&mut outlet.scratch);
-    head.clear();
-    let downstream =
-        DownstreamHead { version, framing: OutFraming::AsReceived, keep_alive: true, extra: &[] };
-    outlet.answer.write_downstream(&mut head, &downstream);
-    let sent = outlet.send(Buffer::from_slice(&head)).await;
-    outlet.scratch = head;
-    sent.map(drop).map_err(|_| Failure::ClientGone)
-}
-
-/// After 101 both sides say what they like (RFC 9110 §7.8), until one of them closes.
-///
-/// # Cancellation
-/// Both connections must be closed.
-async fn tunnel(
-    cx: &Context,
-    outlet: &mut Outlet<'_>,
-    inbox: &Inbox,
-    connection: &mut Connection,
-    head: &[u8],
-    first: Buffer,
-) {
-    let Connection { reader, writer, .. } = connection;
-    let mut down = pin!(async {
-        let mut buffer = Buffer::new(head.len(), first.len() + LARGE_BYTES);
-        buffer.append(first.filled());
-        buffer.prepend(head);
-        loop {
-            let Ok(sent) = outlet.send(buffer).await else { return };
-            buffer = sent;
-            buffer.reset(0);
-            let result;
-            (result, buffer) = reader.read(|| buffer).await;
-            if !matches!(result, Ok(count) if count > 0) {
-                return;
-            }
-        }
-    });
-    let mut up = pin!(async {
-        while let Ok(buffer) = inbox.next().await {
-            let (result, buffer) = writer.write_all(buffer).await;
-            if result.is_err() {
-                return;
-            }
-            cx.buffers.recycle(buffer);
-        }
-    });
-    poll_fn(|context| {
-        if up.as_mut().poll(context).is_ready() {
-            return Poll::Ready(());
-        }
-        down.as_mut().poll(context)
-    })
-    .await;
 }

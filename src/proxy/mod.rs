@@ -4,18 +4,23 @@
 //! calls computes.
 
 mod account;
+mod answer;
 mod attempt;
 mod body;
+mod choice;
 mod client;
 mod context;
 mod exchange;
 mod inbox;
 mod inspect;
+mod judge;
 mod listener;
 mod relay;
 mod respond;
 mod retry;
+mod serving;
 mod settings;
+mod tunnel;
 
 pub use client::serve;
 pub use context::{Context, Parts};
