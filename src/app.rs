@@ -83,7 +83,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     metrics.set_policies(routing::POLICIES.iter().map(|row| (row.name, in_use(row))));
     let models =
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
-    let registry = Registry::new(config.workers(), models);
+    let registry = Registry::with_breakers(config.workers(), models, config.breakers.breaker());
     let fleet = registry.handle();
     let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
     let limits = admin::Limits {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use vllm_proxy::{
     config::Config,
-    routing::{Candidates, Definition, Outcome, Policy, RouteInput, Shared, Tried, Usage},
+    routing::{Candidates, Definition, Outcome, Policy, RouteInput, Shared, Terms, Tried, Usage},
     workers::{EngineStats, Fleet, Health, InFlight, ModelSettings, Registry},
 };
 
@@ -93,7 +93,8 @@ fn stats(told: Told, engine: Option<&Engine<'_>>) -> EngineStats {
 impl Chooser for Driven<'_> {
     fn choose(&mut self, now: f64, request: u32, _engines: &[Engine<'_>]) -> usize {
         let data = &self.workload.requests[request as usize];
-        let candidates = Candidates::of(&self.fleet, &self.serving, &Tried::none(), &mut self.scratch);
+        let candidates =
+            Candidates::of(&self.fleet, &self.serving, &Tried::none(), &Terms::default(), &mut self.scratch);
         let input = RouteInput {
             random: self.chance.bits(),
             now: (now * 1000.0) as u64,

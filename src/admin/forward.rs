@@ -14,6 +14,7 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::admin::Admin;
 use crate::control::{self, AttemptError};
+use crate::telemetry::metrics::Ejection;
 use crate::vllm::RANK_FIELD;
 use crate::workers::{Demand, Health, InFlight, Worker};
 
@@ -65,6 +66,7 @@ pub(super) fn failed(worker: &Worker, error: &AttemptError) {
     tracing::debug!(worker = worker.name(), %error, "attempt of an admin request failed");
     if matches!(error, AttemptError::Connect(_)) && worker.usable() {
         worker.set_health(Health::Down);
+        worker.counters().ejected(Ejection::Connect);
     }
 }
 

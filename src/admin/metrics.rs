@@ -15,7 +15,7 @@ use axum::{
 
 use crate::admin::{Admin, Definition, respond};
 use crate::telemetry::metrics::{Exposition, WorkerSample};
-use crate::workers::Worker;
+use crate::workers::{Rest, Worker};
 
 /// The row of this endpoint.
 pub(super) const DEFINITION: Definition = Definition {
@@ -48,6 +48,11 @@ fn sample(worker: &Worker) -> WorkerSample {
     WorkerSample {
         worker: worker.name().to_owned(),
         healthy: worker.usable(),
+        breaker: worker.breaker().state() as u8,
+        asleep: worker.rest() == Some(Rest::Asleep),
+        paused: worker.rest() == Some(Rest::Paused),
+        ejections: counters.ejections.iter().map(read).collect(),
+        probes: counters.probes.iter().map(read).collect(),
         in_flight: worker.in_flight(),
         attempts: read(&counters.attempts),
         transport_errors: read(&counters.transport_errors),

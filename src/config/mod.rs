@@ -11,7 +11,12 @@ mod cli;
 mod rules;
 mod show;
 
-use crate::{control, proxy, routing, shard, telemetry::log, upstream, workers::WorkerSpec};
+use crate::{
+    control, proxy, routing, shard,
+    telemetry::log,
+    upstream,
+    workers::{self, WorkerSpec},
+};
 
 pub use cli::{Command, Refused, command, definition};
 pub use rules::Invalid;
@@ -69,6 +74,10 @@ pub struct Config {
     /// Probes and learning.
     #[command(flatten, next_help_heading = "Health and models of workers")]
     pub control: control::Settings,
+
+    /// Breakers.
+    #[command(flatten, next_help_heading = "Breakers of workers")]
+    pub breakers: workers::Settings,
 
     /// Verbosity and format of the logs.
     #[command(flatten, next_help_heading = "Logs")]

@@ -9,6 +9,7 @@ use std::{
 use thiserror::Error;
 
 use super::Config;
+use crate::workers::MOST_FAILURES;
 
 /// A year. Longer times have no use, and sums with them must not overflow.
 const MAX_SECONDS: u64 = 31_536_000;
@@ -80,6 +81,9 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "worker_cache_tokens", allowed: "a whole number from 0 to 2^40", check: |c| within(c.routing.worker_cache_tokens, 0..=1 << 40) },
     Rule { id: "cache_miss_weight_max", allowed: "a number from 1.2 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.2..=100.0) },
 
+    Rule { id: "slow_start_secs", allowed: INTERVAL_OR_ZERO, check: |c| interval_or_zero(c.routing.slow_start_secs) },
+    Rule { id: "no_panic_mode", allowed: SWITCH, check: |_| Ok(()) },
+
     Rule { id: "max_body_bytes", allowed: "a whole number of bytes from 1 to 2^63 - 1", check: |c| within(c.proxy.max_body_bytes, 1..=i64::MAX as u64) },
     Rule { id: "body_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.body_peek_bytes, 0..=c.proxy.max_body_bytes) },
     Rule { id: "prompt_peek_bytes", allowed: "a whole number of bytes, not more than --max-body-bytes", check: |c| within(c.proxy.prompt_peek_bytes, 0..=c.proxy.max_body_bytes) },
@@ -99,6 +103,12 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "dns_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.dns_refresh_secs) },
     Rule { id: "engine_stats_interval", allowed: INTERVAL_OR_ZERO, check: |c| interval_or_zero(c.control.engine_stats_interval) },
     Rule { id: "worker_api_key", allowed: "visible ASCII characters", check: worker_api_key },
+
+    Rule { id: "cb_failure_threshold", allowed: "a whole number from 1 to 1024", check: |c| within(c.breakers.cb_failure_threshold, 1..=MOST_FAILURES) },
+    Rule { id: "cb_success_threshold", allowed: "a whole number from 1 to 1000000", check: |c| within(c.breakers.cb_success_threshold, 1..=1_000_000) },
+    Rule { id: "cb_timeout_duration_secs", allowed: SECONDS, check: |c| within(c.breakers.cb_timeout_duration_secs, 1..=MAX_SECONDS) },
+    Rule { id: "cb_window_duration_secs", allowed: SECONDS, check: |c| within(c.breakers.cb_window_duration_secs, 1..=MAX_SECONDS) },
+    Rule { id: "disable_circuit_breaker", allowed: SWITCH, check: |_| Ok(()) },
 
     Rule { id: "verbosity", allowed: "1, Loud, Verbose, Debug, Info, Warning, 0, Quiet or Error", check: |_| Ok(()) },
     Rule { id: "log_format", allowed: "txt, json, yml or yaml", check: |_| Ok(()) },

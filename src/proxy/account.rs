@@ -52,6 +52,11 @@ impl<'a> Account<'a> {
         self.usage.get()
     }
 
+    /// What the client was answered; 499 as long as it was not.
+    pub(super) fn status(&self) -> u16 {
+        if self.complete.get() { self.status.get() } else { CLIENT_GONE }
+    }
+
     /// The answer has been sent to its end.
     pub(super) fn complete(&self) {
         self.complete.set(true);
@@ -66,7 +71,7 @@ impl<'a> Account<'a> {
 
 impl Drop for Account<'_> {
     fn drop(&mut self) {
-        let status = if self.complete.get() { self.status.get() } else { CLIENT_GONE };
+        let status = self.status();
         let metrics = self.cx.metrics();
         metrics.request_ended(self.endpoint, status, self.ttfb_micros.get());
         metrics.ended();

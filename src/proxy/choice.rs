@@ -6,10 +6,14 @@ use crate::{
     proxy::{
         account::Account, body::Body, client::Client, context::Context, inspect::Inspected, serving::Serving,
     },
-    routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Tried},
+    routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Terms, Tried},
     vllm::Endpoint,
-    workers::{Demand, Fleet, Worker},
+    workers::{Demand, Fleet, Trial, Worker},
 };
+
+/// Choices of one attempt at most. Each further one is made only because another shard was faster with the trial of
+/// a half-open breaker, which is then no candidate any more.
+const MAX_CHOICES: usize = 8;
 
 /// What the choice of a worker may depend on.
 pub(super) struct Asked<'a> {
@@ -65,6 +69,8 @@ pub(super) struct Chosen<'a> {
     pub(super) demand: Demand,
     /// The worker has not seen the request.
     pub(super) unsent: bool,
+    /// The breaker's leave, which is given back with the choice.
+    _trial: Trial,
 }
 
 impl Drop for Chosen<'_> {
@@ -91,22 +97,43 @@ pub(super) fn choose<'a>(
     asked: &'a Asked<'a>,
     tried: &Tried,
 ) -> Option<Chosen<'a>> {
-    let (worker, position, demand) = match serving {
-        Serving::Admin if tried.count() == 0 => (&cx.admin, 0, Demand::default()),
+    let (worker, Selection { position, demand }, trial) = match serving {
+        Serving::Admin if tried.count() == 0 => (&cx.admin, Selection::of(0), Trial::unneeded()),
         Serving::Admin => return None,
         Serving::Workers { positions, .. } => {
-            let mut scratch = cx.positions.borrow_mut();
-            let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
-            let input = RouteInput {
-                random: cx.random(),
-                now: cx.clock.now(),
-                session: asked.session,
-                prompt: &asked.prompt,
-            };
-            let Selection { position, demand } =
-                cx.router.borrow_mut().choose(asked.model, &input, &candidates)?;
-            (&fleet.workers[position], position, demand)
+            let (selection, trial) = (0..MAX_CHOICES)
+                .find_map(|_| select(cx, fleet, positions, asked, tried).transpose())?
+                .ok()?;
+            (&fleet.workers[selection.position], selection, trial)
         }
     };
-    Some(Chosen { cx, asked, account, position, worker: worker.clone(), demand, unsent: false })
+    let worker = worker.clone();
+    Some(Chosen { cx, asked, account, position, worker, demand, unsent: false, _trial: trial })
 }
+
+/// One choice among these workers. `Err`: there is nobody; `Ok(None)`: the breaker of who was chosen has let
+/// somebody else through in the meantime.
+fn select(
+    cx: &Context,
+    fleet: &Fleet,
+    positions: &[usize],
+    asked: &Asked<'_>,
+    tried: &Tried,
+) -> Result<Option<(Selection, Trial)>, Nobody> {
+    let (now, random) = (cx.clock.now(), cx.random());
+    let mut scratch = cx.positions.borrow_mut();
+    let terms = Terms { now, random, ..cx.terms };
+    let candidates = Candidates::of(fleet, positions, tried, &terms, &mut scratch);
+    let input = RouteInput { random, now, session: asked.session, prompt: &asked.prompt };
+    let selection = cx.router.borrow_mut().choose(asked.model, &input, &candidates).ok_or(Nobody)?;
+    if !candidates.stand_in() {
+        return Ok(fleet.workers[selection.position].breaker().begin(now).map(|trial| (selection, trial)));
+    }
+    if tried.count() == 0 {
+        cx.metrics().chose_in_panic();
+    }
+    Ok(Some((selection, Trial::unneeded())))
+}
+
+/// There is nobody to choose.
+struct Nobody;

@@ -11,7 +11,7 @@ use crate::{
     base::{Clock, Date},
     net::{Buffer, ShardClock, Watches},
     proxy::Settings,
-    routing::{Needs, Router, Shared},
+    routing::{Needs, Router, Shared, Terms},
     telemetry::metrics::{Metrics, ShardMetrics},
     upstream::{self, Pool},
     workers::{Fleet, FleetHandle, Worker},
@@ -65,6 +65,8 @@ pub struct Context {
     pub(super) router: RefCell<Router>,
     /// What the router has to know of a request.
     pub(super) needs: Needs,
+    /// What candidates depend on, but for time and chance.
+    pub(super) terms: Terms,
     /// Where candidates are kept for the length of a choice.
     pub(super) positions: RefCell<Vec<usize>>,
     metrics: Arc<Metrics>,
@@ -91,6 +93,7 @@ impl Context {
             admin: parts.admin,
             fault: parts.fault,
             needs: router.needs(),
+            terms: parts.routing.settings.terms(),
             router: RefCell::new(router),
             positions: RefCell::default(),
             metrics: parts.metrics,

@@ -12,8 +12,9 @@ use crate::{
         body::{self, Body},
         choice::{Asked, Chosen, choose},
         client::{After, Client},
+        context::Context,
         inspect::inspect,
-        judge::judge,
+        judge::Judge,
         respond::{self, Answer},
         retry::{Failure, MAX_ATTEMPTS, Verdict},
         serving::{Serving, who},
@@ -38,7 +39,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let fleet = cx.fleet();
 
     // 2. what is ours is answered at once
-    if let Some(answer) = ours(endpoint, &fleet) {
+    if let Some(answer) = ours(cx, endpoint, &fleet) {
         let peek = client.peek_bytes();
         return match body::read(client, rest, false, |so_far| so_far.len() >= peek).await {
             Ok(_) => respond(client, &account, &answer).await,
@@ -68,6 +69,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 
     // 5. attempts, until one is answered
     let mut tried = Tried::none();
+    let mut judge = Judge::new(&cx.clock);
     let mut fresh: Option<Chosen<'_>> = None;
     loop {
         let on_fresh = fresh.is_some();
@@ -81,10 +83,13 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             listens: asked.listens,
         };
         match attempt(client, &account, &chosen.worker, body, manner).await {
-            Attempted::Answered(after) => return after,
+            Attempted::Answered(after) => {
+                judge.answered(&chosen.worker, account.status());
+                return after;
+            }
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
-                judge(&chosen.worker, &failure);
+                judge.failed(&chosen.worker, &failure);
                 chosen.unsent = failure.is_unsent();
                 // 6. another attempt?
                 match (failure.verdict(), kept) {
@@ -112,9 +117,9 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     }
 }
 
-fn ours(endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {
+fn ours(cx: &Context, endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {
     match endpoint.treatment {
-        Treatment::Local(what) => respond::local(what, fleet),
+        Treatment::Local(what) => respond::local(what, fleet, cx.clock.now(), cx.watches.draining()),
         _ => None,
     }
 }

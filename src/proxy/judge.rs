@@ -1,20 +1,234 @@
-//! What a failed attempt says of its worker.
+//! What failed attempts say of their workers.
+//!
+//! A worker that cannot be connected to, or whose engine is dead, is out at once: no request can bring that about.
+//! Any other failure may be the request's own doing: the worker is doubted, which has it probed at once, and the
+//! failure is kept as a suspicion. It counts against the worker's breaker only when a worker of another server has
+//! answered the same request well, so that no sequence of requests can open a breaker. A request counts at most
+//! once against a server.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use crate::{
+    base::Millis,
+    net::ShardClock,
     proxy::retry::Failure,
-    workers::{Health, Worker},
+    telemetry::metrics::Ejection,
+    workers::{Health, Turn, Worker},
 };
 
-/// Counts a failed attempt, and takes the worker out until a probe says otherwise.
-pub(super) fn judge(worker: &Worker, failure: &Failure) {
-    if failure.is_transport() {
-        worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
+/// What a failure says of the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Weight {
+    /// The worker is out, whatever the request was.
+    Fact(Ejection),
+    /// It may be the request's doing.
+    Suspicion,
+    /// Nothing: the client left, a resource of ours was short, a rested connection was stale.
+    Nothing,
+}
+
+impl Weight {
+    fn of(failure: &Failure) -> Self {
+        match failure {
+            Failure::Connect(_) if failure.condemns() => Self::Fact(Ejection::Connect),
+            _ if failure.condemns() => Self::Fact(Ejection::EngineDead),
+            Failure::Connect(_) | Failure::NoAnswer { reused: true } => Self::Nothing,
+            _ if failure.is_transport() => Self::Suspicion,
+            _ => Self::Nothing,
+        }
     }
-    if failure.condemns() {
-        // the control thread sees it, says so and probes
-        worker.set_health(Health::Down);
+}
+
+/// Judges the workers that one exchange was tried on.
+#[derive(Debug)]
+pub(super) struct Judge<'a> {
+    clock: &'a ShardClock,
+    /// The servers that failed, by one of their workers, and whether that has been counted. As many as there are
+    /// attempts.
+    failed: Vec<(Arc<Worker>, bool)>,
+}
+
+impl<'a> Judge<'a> {
+    /// Of an exchange that begins.
+    pub(super) fn new(clock: &'a ShardClock) -> Self {
+        Self { clock, failed: Vec::new() }
+    }
+
+    /// An attempt on `worker` failed.
+    pub(super) fn failed(&mut self, worker: &Arc<Worker>, failure: &Failure) {
+        if failure.is_transport() {
+            worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
+        }
+        let now = self.clock.now();
+        match Weight::of(failure) {
+            Weight::Fact(reason) => {
+                // the control thread sees it, says so and probes
+                if worker.set_health(Health::Down) != Health::Down {
+                    worker.counters().ejected(reason);
+                }
+                if !std::mem::replace(self.entry(worker), true) {
+                    count(worker, now);
+                }
+            }
+            Weight::Suspicion => {
+                worker.doubt();
+                self.entry(worker);
+            }
+            Weight::Nothing => {}
+        }
+    }
+
+    /// `worker` answered, and its answer was passed on.
+    pub(super) fn answered(&mut self, worker: &Arc<Worker>, status: u16) {
+        if !(200..300).contains(&status) {
+            return;
+        }
+        let now = self.clock.now();
+        if worker.breaker().succeeded(now) == Turn::Closed {
+            tracing::info!(worker = worker.name(), "breaker of worker is closed");
+        }
+        let suspects = self.failed.drain(..).filter(|(_, counted)| !counted);
+        suspects.filter(|(suspect, _)| !suspect.shares_server(worker)).for_each(|(suspect, _)| {
+            count(&suspect, now);
+        });
+    }
+
+    /// Whether a failure of the worker's server has been counted.
+    fn entry(&mut self, worker: &Arc<Worker>) -> &mut bool {
+        let known = self.failed.iter().position(|(failed, _)| failed.shares_server(worker));
+        let at = known.unwrap_or_else(|| {
+            self.failed.push((worker.clone(), false));
+            self.failed.len() - 1
+        });
+        &mut self.failed[at].1
+    }
+}
+
+/// Counts a failure against the worker's breaker.
+fn count(worker: &Worker, now: Millis) {
+    if let Turn::Opened(open_ms) = worker.failed(now) {
+        worker.counters().ejected(Ejection::Breaker);
+        let reason = "too many requests failed on it";
+        tracing::warn!(worker = worker.name(), reason, open_ms, "breaker of worker is open");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::{
+        base::Clock,
+        workers::{BreakerRules, BreakerState, WorkerSpec},
+    };
+
+    /// Two servers whose breakers open with the first failure.
+    fn servers() -> [Arc<Worker>; 2] {
+        let rules = BreakerRules { failures: 1, ..BreakerRules::default() };
+        ["http://a:1", "http://b:1"].map(|url| {
+            let worker = Worker::with_breaker(0, url.parse().unwrap(), rules);
+            worker.set_health(Health::Up);
+            Arc::new(worker)
+        })
+    }
+
+    fn state(worker: &Worker) -> BreakerState {
+        worker.breaker().state()
+    }
+
+    fn suspicions() -> [Failure; 4] {
+        [
+            Failure::NoAnswer { reused: false },
+            Failure::AnswerCut,
+            Failure::AnswerBody,
+            Failure::Unexpected("101 without an upgrade"),
+        ]
+    }
+
+    #[test]
+    fn what_the_request_may_have_caused_counts_only_when_another_worker_answers_it_well() {
+        let clock = ShardClock::new(Clock::start());
+        for failure in suspicions() {
+            let [a, b] = servers();
+            let mut judge = Judge::new(&clock);
+            judge.failed(&a, &failure);
+            assert!(a.usable() && a.take_doubt(), "{failure}: it is doubted, not condemned");
+            judge.answered(&b, 200);
+            assert_eq!([&a, &b].map(|worker| state(worker)), [BreakerState::Open, BreakerState::Closed]);
+        }
+    }
+
+    #[test]
+    fn no_answer_but_a_good_one_of_another_server_makes_a_suspicion_count() {
+        let clock = ShardClock::new(Clock::start());
+        for status in [400, 404, 429, 500, 502, 503] {
+            let [a, b] = servers();
+            let mut judge = Judge::new(&clock);
+            judge.failed(&a, &Failure::AnswerCut);
+            judge.failed(&b, &Failure::AnswerCut);
+            judge.answered(&b, status);
+            assert_eq!([&a, &b].map(|worker| state(worker)), [BreakerState::Closed; 2], "{status}");
+        }
+        let rank = |rank| WorkerSpec { rank: Some(rank), ..servers()[0].url().to_string().parse().unwrap() };
+        let rules = BreakerRules { failures: 1, ..BreakerRules::default() };
+        let first = Arc::new(Worker::with_breaker(0, rank(0), rules));
+        let second = Arc::new(first.sibling(1, rank(1)));
+        let mut judge = Judge::new(&clock);
+        judge.failed(&first, &Failure::AnswerCut);
+        judge.answered(&second, 200);
+        assert_eq!(state(&first), BreakerState::Closed, "a rank does not speak against its own server");
+    }
+
+    #[test]
+    fn a_refused_connect_counts_at_once_and_once() {
+        let clock = ShardClock::new(Clock::start());
+        let rules = BreakerRules { failures: 2, ..BreakerRules::default() };
+        let worker = Arc::new(Worker::with_breaker(0, "http://a:1".parse().unwrap(), rules));
+        worker.set_health(Health::Up);
+        let refused = || Failure::Connect(io::Error::from_raw_os_error(libc::ECONNREFUSED));
+        let mut judge = Judge::new(&clock);
+        judge.failed(&worker, &refused());
+        judge.failed(&worker, &refused());
+        judge.answered(&servers()[1], 200);
+        assert_eq!((worker.health(), state(&worker)), (Health::Down, BreakerState::Closed));
+        assert_eq!(worker.counters().ejections[Ejection::Connect as usize].load(Ordering::Relaxed), 1);
+        Judge::new(&clock).failed(&worker, &refused());
+        assert_eq!(state(&worker), BreakerState::Open, "the second request that it failed");
+    }
+
+    #[test]
+    fn what_is_not_the_workers_fault_counts_never() {
+        let clock = ShardClock::new(Clock::start());
+        let [a, b] = servers();
+        let mut judge = Judge::new(&clock);
+        for failure in [
+            Failure::ClientGone,
+            Failure::Late,
+            Failure::RequestBody,
+            Failure::NoWorker,
+            Failure::NoAnswer { reused: true },
+            Failure::Connect(io::Error::from_raw_os_error(libc::EMFILE)),
+            Failure::Connect(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL)),
+        ] {
+            judge.failed(&a, &failure);
+            assert!(a.usable() && !a.take_doubt(), "{failure}");
+        }
+        judge.answered(&b, 200);
+        assert_eq!(state(&a), BreakerState::Closed);
+    }
+
+    #[test]
+    fn good_answers_close_a_half_open_breaker() {
+        let clock = ShardClock::new(Clock::start());
+        let rules = BreakerRules { failures: 1, successes: 1, open_ms: 0, ..BreakerRules::default() };
+        let worker = Arc::new(Worker::with_breaker(0, "http://a:1".parse().unwrap(), rules));
+        worker.failed(0);
+        let _trial = worker.breaker().begin(clock.now()).unwrap();
+        Judge::new(&clock).answered(&worker, 404);
+        assert_eq!(state(&worker), BreakerState::HalfOpen);
+        Judge::new(&clock).answered(&worker, 200);
+        assert_eq!(state(&worker), BreakerState::Closed);
     }
 }

@@ -5,11 +5,12 @@
 use std::borrow::Cow;
 
 use crate::{
+    base::Millis,
     http::RequestError,
     proxy::retry::Failure,
     telemetry::metrics::Refusal,
     vllm::{ErrorShape, Local, errors},
-    workers::Fleet,
+    workers::{Fleet, Standing},
 };
 
 const JSON: &str = "application/json";
@@ -92,15 +93,25 @@ impl Answer {
 }
 
 /// What the shard answers itself from the fleet; `None` where a worker has to be asked.
-pub(super) fn local(what: Local, fleet: &Fleet) -> Option<Answer> {
+pub(super) fn local(what: Local, fleet: &Fleet, now: Millis, draining: bool) -> Option<Answer> {
     match what {
         Local::Health | Local::Ping => {
-            let status = if fleet.usable() { 200 } else { 503 };
+            let status = if fleet.standing(now) == Standing::Serves { 200 } else { 503 };
             Some(Answer { status, ..Answer::default() })
         }
+        Local::Live => Some(Answer::json(200, br#"{"status":"alive"}"#.to_vec())),
+        Local::Ready => Some(match fleet.standing(now) {
+            _ if draining => not_ready("draining").closing(),
+            Standing::Serves => Answer::json(200, br#"{"status":"ready"}"#.to_vec()),
+            standing => not_ready(standing.reason()),
+        }),
         Local::Models => fleet.models_json().map(|body| Answer::json(200, body.to_vec())),
         Local::Version => fleet.version_json().map(|body| Answer::json(200, body.to_vec())),
     }
+}
+
+fn not_ready(reason: &str) -> Answer {
+    Answer::json(503, format!(r#"{{"status":"not ready","reason":"{reason}"}}"#).into_bytes())
 }
 
 /// vLLM's 404 for a model that it does not serve.

@@ -89,12 +89,10 @@ impl Failure {
         }
     }
 
-    /// Whether the worker is out until a probe says otherwise. A reused connection that was closed says
-    /// nothing; nor does anything that the client caused.
+    /// Whether the worker is out until a probe says otherwise: no request can bring that about.
     pub(super) fn condemns(&self) -> bool {
         match self {
             Self::Connect(error) => !ours(error),
-            Self::NoAnswer { reused: false } => true,
             _ => false,
         }
     }
@@ -163,5 +161,6 @@ mod tests {
         assert!(!connect(libc::EMFILE).condemns());
         assert!(!connect(libc::EADDRNOTAVAIL).condemns());
         assert!(!Failure::NoAnswer { reused: true }.condemns());
+        assert!(!Failure::NoAnswer { reused: false }.condemns(), "the request may have killed it");
     }
 }

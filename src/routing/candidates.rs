@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::workers::{Fleet, Worker};
+use crate::{
+    base::Millis,
+    workers::{Fleet, Health, Worker},
+};
 
 /// The workers that earlier attempts of an exchange have failed on.
 #[derive(Debug, Default)]
@@ -29,12 +32,34 @@ impl Tried {
     }
 }
 
+/// What candidates depend on besides the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    /// The time of the choice.
+    pub now: Millis,
+    /// Chance: any 64 bits.
+    pub random: u64,
+    /// For so long a worker that came up is given less than the others; 0: not at all.
+    pub slow_start_ms: u64,
+    /// Whether the least bad stand in where nobody is left that should be used.
+    pub panics: bool,
+}
+
+impl Default for Terms {
+    /// No slow start, and the least bad stand in.
+    fn default() -> Self {
+        Self { now: 0, random: 0, slow_start_ms: 0, panics: true }
+    }
+}
+
 /// The workers that a policy may choose from.
 #[derive(Debug)]
 pub struct Candidates<'a> {
     workers: &'a [Arc<Worker>],
     /// In `workers`, ascending.
     positions: &'a [usize],
+    /// Whether they only stand in.
+    stand_in: bool,
 }
 
 /// Requests that wait in a worker from which on it is saturated, where its `/metrics` tell.
@@ -43,28 +68,54 @@ const SATURATED_WAITING: u32 = 8;
 /// Requests in flight from which on a worker is saturated of which nothing is known.
 const SATURATED_IN_FLIGHT: u32 = 256;
 
+/// Share of the choices in which a worker that has just come up is a candidate.
+const FIRST_SHARE: f64 = 0.1;
+
 impl<'a> Candidates<'a> {
-    /// Those of `serving` (positions in the fleet, ascending) that are usable and have not been tried. Where none
-    /// is left, the unusable ones stand in: the last worker is never taken out, and a wrong verdict about all of
-    /// them costs one refused connect. Who sleeps is left out while another is awake.
+    /// Those of `serving` (positions in the fleet, ascending) that are up and have not been tried, whose breaker
+    /// lets requests through, and who are awake. Where none is left the least bad stand in, unless the terms forbid
+    /// it: who is up with an open breaker or was ejected for its probes, then whoever is down. So the last worker is
+    /// never taken out, and a wrong verdict about all of them costs one refused connect. Who sleeps or is paused
+    /// never stands in: it would let the request wait for ever.
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
     /// one. Where everybody is saturated it is the highest priority again, and load decides. A worker is saturated
     /// when as many requests are in flight as it should have at most; where that is not told, when 8 requests
     /// wait in it; where neither is, when 256 are in flight.
     ///
+    /// Of these a worker that came up lately is left out of some choices, ever fewer of them while it warms up, and
+    /// only as far as another has been up for longer.
+    ///
     /// `scratch` is where the positions are kept.
-    pub fn of(fleet: &'a Fleet, serving: &[usize], tried: &Tried, scratch: &'a mut Vec<usize>) -> Self {
+    pub fn of(
+        fleet: &'a Fleet,
+        serving: &[usize],
+        tried: &Tried,
+        terms: &Terms,
+        scratch: &'a mut Vec<usize>,
+    ) -> Self {
         let workers = &fleet.workers[..];
         let untried = || serving.iter().copied().filter(|&position| !tried.contains(position));
         scratch.clear();
-        scratch.extend(untried().filter(|&position| workers[position].usable()));
-        if scratch.is_empty() {
-            scratch.extend(untried());
+        scratch.extend(untried().filter(|&position| workers[position].serves(terms.now)));
+        let stand_in = scratch.is_empty() && terms.panics;
+        if stand_in {
+            let awake = || untried().filter(|&position| !workers[position].rests());
+            scratch.extend(awake().filter(|&position| answers(&workers[position])));
+            if scratch.is_empty() {
+                scratch.extend(awake());
+            }
         }
-        awake(workers, scratch);
         first_choice(workers, scratch);
-        Self { workers, positions: scratch }
+        if terms.slow_start_ms > 0 && fleet.has_newcomers(terms.now, terms.slow_start_ms) {
+            warm_up(workers, scratch, terms);
+        }
+        Self { workers, positions: scratch, stand_in }
+    }
+
+    /// Whether they only stand in for those that should be used, of whom none is left: their breakers have no say.
+    pub fn stand_in(&self) -> bool {
+        self.stand_in
     }
 
     /// The candidates with their positions in the fleet, ascending.
@@ -104,12 +155,28 @@ impl<'a> Candidates<'a> {
     }
 }
 
-/// Leaves out who sleeps, unless all do.
-fn awake(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
-    let asleep = |position: &usize| workers[*position].engine().asleep();
-    if positions.iter().any(asleep) && !positions.iter().all(asleep) {
-        positions.retain(|position| !asleep(position));
-    }
+/// Whether its server answered the last time that it was asked.
+fn answers(worker: &Worker) -> bool {
+    matches!(worker.health(), Health::Up | Health::Ejected)
+}
+
+/// Leaves out some of those that have been up for less than the longest, by chance.
+fn warm_up(workers: &[Arc<Worker>], positions: &mut Vec<usize>, terms: &Terms) {
+    let whole = terms.slow_start_ms as f64;
+    let share = |position: usize| {
+        let age = terms.now.saturating_sub(workers[position].up_since()) as f64;
+        FIRST_SHARE + (1.0 - FIRST_SHARE) * (age / whole).min(1.0)
+    };
+    let most = positions.iter().map(|&position| share(position)).fold(0.0, f64::max);
+    positions.retain(|&position| chance(terms.random, position) * most < share(position));
+}
+
+/// In 0..1, for each position another one (splitmix64).
+fn chance(random: u64, position: usize) -> f64 {
+    let mut bits = random.wrapping_add((position as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((bits ^ bits >> 31) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
 /// Leaves those of the highest priority of which not all are saturated; if all are, those of the highest.
@@ -139,13 +206,17 @@ mod tests {
     use super::*;
     use crate::{
         routing::policies::tests::{fleet, fleet_of},
-        workers::{Demand, EngineStats, Health, InFlight, ModelSettings, Registry, Traits},
+        workers::{BreakerRules, Demand, EngineStats, InFlight, ModelSettings, Registry, Rest, Traits},
     };
 
     fn positions(fleet: &Fleet, tried: &Tried) -> Vec<usize> {
+        positions_on(fleet, tried, &Terms::default())
+    }
+
+    fn positions_on(fleet: &Fleet, tried: &Tried, terms: &Terms) -> Vec<usize> {
         let mut scratch = Vec::new();
         let serving: Vec<usize> = (0..fleet.workers.len()).collect();
-        Candidates::of(fleet, &serving, tried, &mut scratch).positions().to_vec()
+        Candidates::of(fleet, &serving, tried, terms, &mut scratch).positions().to_vec()
     }
 
     fn begin(fleet: &Fleet, position: usize, count: usize) -> Vec<InFlight> {
@@ -177,28 +248,106 @@ mod tests {
     #[test]
     fn candidates_are_found_by_position_and_by_number() {
         let (fleet, mut scratch) = (fleet(4), Vec::new());
-        let candidates = Candidates::of(&fleet, &[1, 3], &Tried::none(), &mut scratch);
+        let candidates = Candidates::of(&fleet, &[1, 3], &Tried::none(), &Terms::default(), &mut scratch);
         assert_eq!((candidates.len(), candidates.positions()), (2, &[1, 3][..]));
         assert_eq!([0, 1, 2, 3, 4].map(|at| candidates.contains(at)), [false, true, false, true, false]);
         assert_eq!(candidates.get(1).map(|(position, worker)| (position, worker.id())), Some((3, 3)));
         assert!(candidates.get(2).is_none());
-        let all = Candidates::of(&fleet, &[0, 1, 2, 3], &Tried::none(), &mut scratch);
+        let all = Candidates::of(&fleet, &[0, 1, 2, 3], &Tried::none(), &Terms::default(), &mut scratch);
         assert_eq!([0, 3, 4].map(|at| all.contains(at)), [true, true, false]);
     }
 
     #[test]
-    fn who_sleeps_is_chosen_only_when_all_do() {
+    fn u18_who_sleeps_or_is_paused_is_never_chosen() {
         let fleet = fleet(2);
-        let sleep = |at: usize| {
-            fleet.workers[at].engine().set(&EngineStats { asleep: Some(true), ..EngineStats::default() }, 0);
-        };
-        sleep(0);
+        let stats = EngineStats { asleep: Some(true), ..EngineStats::default() };
+        fleet.workers[0].engine().set(&stats, 0);
         assert_eq!(positions(&fleet, &Tried::none()), [1]);
         let mut tried = Tried::none();
         tried.add(1);
-        assert_eq!(positions(&fleet, &tried), [0]);
-        sleep(1);
-        assert_eq!(positions(&fleet, &Tried::none()), [0, 1]);
+        assert!(positions(&fleet, &tried).is_empty(), "it does not stand in");
+        fleet.workers[1].set_rest(Rest::Paused, true);
+        assert!(positions(&fleet, &Tried::none()).is_empty());
+        fleet.workers[1].set_rest(Rest::Paused, false);
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+    }
+
+    /// Opens the breaker of a worker at time 0.
+    fn trip(worker: &Worker) {
+        (0..BreakerRules::default().failures).for_each(|_| {
+            worker.breaker().failed(0);
+        });
+        assert!(!worker.breaker().admits(0));
+    }
+
+    #[test]
+    fn u22_the_least_bad_stand_in_unless_that_is_forbidden() {
+        let fleet = fleet(4);
+        let at = |now| Terms { now, ..Terms::default() };
+        trip(&fleet.workers[0]);
+        fleet.workers[1].set_health(Health::Ejected);
+        fleet.workers[2].set_health(Health::Down);
+        let mut tried = Tried::none();
+        let mut scratch = Vec::new();
+        let serving = [0, 1, 2, 3];
+        let ordinary = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
+        assert_eq!((ordinary.positions(), ordinary.stand_in()), (&[3][..], false));
+        tried.add(3);
+        let bad = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
+        assert_eq!((bad.positions(), bad.stand_in()), (&[0, 1][..], true));
+        tried.add(0);
+        tried.add(1);
+        assert_eq!(positions_on(&fleet, &tried, &at(0)), [2], "then who is down");
+        let strict = Terms { panics: false, ..at(0) };
+        assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        let mut tried = Tried::none();
+        tried.add(3);
+        assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        assert_eq!(
+            positions_on(&fleet, &tried, &Terms { now: 60_000, ..strict }),
+            [0],
+            "its open time is over"
+        );
+    }
+
+    /// How often of 10,000 choices each worker is a candidate.
+    fn shares(fleet: &Fleet, now: Millis, slow_start_ms: u64) -> Vec<f64> {
+        let mut counts = vec![0_u32; fleet.workers.len()];
+        for random in 0..10_000_u64 {
+            let random = random.wrapping_mul(0x2545_f491_4f6c_dd1d);
+            let terms = Terms { now, random, slow_start_ms, ..Terms::default() };
+            let chosen = positions_on(fleet, &Tried::none(), &terms);
+            assert!(!chosen.is_empty());
+            chosen.into_iter().for_each(|at| counts[at] += 1);
+        }
+        counts.into_iter().map(|count| f64::from(count) / 10_000.0).collect()
+    }
+
+    #[test]
+    fn u21_who_came_up_is_a_candidate_ever_more_often() {
+        let fleet = fleet(3);
+        fleet.workers[0].came_up(0);
+        fleet.workers[1].came_up(100_000);
+        fleet.workers[2].came_up(115_000);
+        assert_eq!(shares(&fleet, 115_000, 30_000), [1.0, 1.0, 1.0], "nobody was told of a newcomer");
+        fleet.newcomer(115_000);
+        let near = |now: Millis, wanted: [f64; 3]| {
+            let got = shares(&fleet, now, 30_000);
+            let close = got.iter().zip(wanted).all(|(got, wanted)| (got - wanted).abs() < 0.02);
+            assert!(close, "{got:?}, not {wanted:?}");
+        };
+        near(115_000, [1.0, 0.55, 0.1]);
+        near(130_000, [1.0, 1.0, 0.55]);
+        near(145_000, [1.0, 1.0, 1.0]);
+        assert_eq!(shares(&fleet, 115_000, 0), [1.0, 1.0, 1.0], "it is off");
+    }
+
+    #[test]
+    fn u21_a_fleet_that_starts_together_is_not_thinned() {
+        let fleet = fleet(2);
+        fleet.workers.iter().for_each(|worker| worker.came_up(5));
+        fleet.newcomer(5);
+        assert_eq!(shares(&fleet, 5, 30_000), [1.0, 1.0]);
     }
 
     #[test]

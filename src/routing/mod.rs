@@ -8,7 +8,7 @@ mod session;
 mod settings;
 
 pub use crate::vllm::Usage;
-pub use candidates::{Candidates, Tried};
+pub use candidates::{Candidates, Terms, Tried};
 pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Score, Selection, Shared};
 pub use prefix::{CHUNK_BYTES, CacheSizes, MAX_CHUNKS, MAX_SEATS, Partings, PrefixIndex, Prompt, TokenRates};
 pub use router::Router;

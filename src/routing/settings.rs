@@ -1,8 +1,8 @@
 //! What an operator may set of the choice.
 
-use std::str::FromStr;
+use std::{str::FromStr, time::Duration};
 
-use crate::routing::{Definition, Needs, POLICIES};
+use crate::routing::{Definition, Needs, POLICIES, Terms};
 
 /// A policy by its name in [`POLICIES`].
 #[derive(Debug, Clone, Copy)]
@@ -125,9 +125,28 @@ pub struct Settings {
     /// capacity: weight of a request that waits in the worker
     #[arg(long, env = "VLLM_PROXY_CAPACITY_WAITING_WEIGHT", default_value_t = 1.0, value_name = "WEIGHT")]
     pub capacity_waiting_weight: f64,
+
+    /// Seconds in which a worker that came up beside others rises from a tenth of its share of the requests to the
+    /// whole; 0: it has it at once
+    #[arg(long, env = "VLLM_PROXY_SLOW_START_SECS", default_value_t = 30.0, value_name = "SECONDS")]
+    pub slow_start_secs: f64,
+
+    /// Answer 503 where no worker is left that should be used, instead of trying the least bad one
+    #[arg(long, env = "VLLM_PROXY_NO_PANIC_MODE")]
+    pub no_panic_mode: bool,
 }
 
 impl Settings {
+    /// What candidates depend on, but for time and chance.
+    pub fn terms(&self) -> Terms {
+        let slow_start = Duration::try_from_secs_f64(self.slow_start_secs).unwrap_or_default();
+        Terms {
+            slow_start_ms: u64::try_from(slow_start.as_millis()).unwrap_or(u64::MAX),
+            panics: !self.no_panic_mode,
+            ..Terms::default()
+        }
+    }
+
     /// All policies that are used.
     pub fn policies(&self) -> impl Iterator<Item = PolicyName> {
         self.model_policy.iter().map(|of_model| of_model.policy).chain([self.policy])

@@ -41,6 +41,10 @@ pub enum Local {
     Health,
     /// SageMaker's name of [`Local::Health`].
     Ping,
+    /// 200 as long as the process lives.
+    Live,
+    /// 200 while it can serve and takes new requests, else 503 that says why.
+    Ready,
     /// The merged list of models.
     Models,
     /// The lowest version among the workers.
@@ -251,8 +255,12 @@ const ROWS: &[Endpoint] = &numbered([
     tokens("/v1/responses/derender", ErrorShape::OpenAi, "tokens to a response"),
     tokens("/cohere/v2/chat/render", ErrorShape::Cohere, "Cohere's chat to tokens"),
     // about the server
-    openai("/health", GET, Treatment::Local(Local::Health), "200 while a worker is usable, else 503"),
+    openai("/health", GET, Treatment::Local(Local::Health), "200 while a worker can serve, else 503"),
     openai("/ping", &["GET", "POST"], Treatment::Local(Local::Ping), "SageMaker's name of /health"),
+    openai("/livez", GET, Treatment::Local(Local::Live), "200 while the proxy lives"),
+    openai("/liveness", GET, Treatment::Local(Local::Live), "vllm-router's name of /livez"),
+    openai("/readyz", GET, Treatment::Local(Local::Ready), "200 while a worker can serve and the proxy does not drain, else 503 and why"),
+    openai("/readiness", GET, Treatment::Local(Local::Ready), "vllm-router's name of /readyz"),
     openai("/version", GET, Treatment::Local(Local::Version), "the lowest version among the workers"),
     openai("/v1/models", GET, Treatment::Local(Local::Models), "the models of all workers"),
     openai("/metrics", GET, Treatment::Admin, "metrics of the proxy and the workers"),

@@ -1,6 +1,6 @@
 //! What a worker says of itself in its `/metrics`, some seconds late.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// What was read of a worker's `/metrics` at one moment; summed over its engines. `None`: not told.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -28,7 +28,8 @@ pub struct Engine {
     kv_usage_ppm: AtomicU32,
     cache_tokens: AtomicU64,
     block_tokens: AtomicU32,
-    asleep: AtomicBool,
+    /// 0: not told, 1: awake, 2: asleep.
+    asleep: AtomicU8,
     foreign: AtomicU32,
 }
 
@@ -48,7 +49,7 @@ impl Engine {
         if let Some(tokens) = stats.block_tokens {
             self.block_tokens.store(tokens.saturating_add(1), Ordering::Relaxed);
         }
-        self.asleep.store(stats.asleep.unwrap_or(false), Ordering::Relaxed);
+        self.asleep.store(stats.asleep.map_or(0, |asleep| u8::from(asleep) + 1), Ordering::Relaxed);
         self.foreign.store(foreign, Ordering::Relaxed);
     }
 
@@ -85,7 +86,12 @@ impl Engine {
 
     /// Whether it sleeps.
     pub fn asleep(&self) -> bool {
-        self.asleep.load(Ordering::Relaxed)
+        self.asleep.load(Ordering::Relaxed) == 2
+    }
+
+    /// Whether it says if it sleeps.
+    pub fn tells_sleep(&self) -> bool {
+        self.asleep.load(Ordering::Relaxed) != 0
     }
 
     /// Requests on the worker that did not come through us.

@@ -1,9 +1,17 @@
 //! What shards know of the workers: an immutable copy of the registry.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use arc_swap::ArcSwap;
 
+use crate::base::Millis;
 use crate::workers::Worker;
 
 /// One model name that clients may ask for.
@@ -59,6 +67,37 @@ pub struct Fleet {
     pub(super) models_json: Vec<u8>,
     /// Body of `GET /version`; empty while nothing is known.
     pub(super) version_json: Vec<u8>,
+    /// When a worker came up last beside others that had been up before, plus one; 0: never. Of all fleets of one
+    /// registry.
+    pub(super) newcomer_at: Arc<AtomicU64>,
+}
+
+/// Whether the fleet can serve, and why not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// At least one worker can.
+    Serves,
+    /// There are no workers.
+    NoWorkers,
+    /// No worker is up.
+    NoneUp,
+    /// All that are up sleep or are paused.
+    AllRest,
+    /// All that are up and awake have open breakers.
+    BreakersOpen,
+}
+
+impl Standing {
+    /// In words, for `/readyz`.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Serves => "",
+            Self::NoWorkers => "there are no workers",
+            Self::NoneUp => "no worker is up",
+            Self::AllRest => "all workers that are up are asleep or paused",
+            Self::BreakersOpen => "the breakers of all workers that are up are open",
+        }
+    }
 }
 
 impl fmt::Debug for Fleet {
@@ -68,9 +107,32 @@ impl fmt::Debug for Fleet {
 }
 
 impl Fleet {
-    /// Whether at least one worker takes requests: what `/health` says.
-    pub fn usable(&self) -> bool {
-        self.workers.iter().any(|worker| worker.usable())
+    /// Whether at least one worker can serve: what `/health` says.
+    pub fn standing(&self, now: Millis) -> Standing {
+        let mut standing = if self.workers.is_empty() { Standing::NoWorkers } else { Standing::NoneUp };
+        for worker in self.workers.iter().filter(|worker| worker.usable()) {
+            if worker.serves(now) {
+                return Standing::Serves;
+            }
+            // an open breaker is nearest to serving
+            standing = match standing {
+                Standing::BreakersOpen => standing,
+                _ if worker.rests() => Standing::AllRest,
+                _ => Standing::BreakersOpen,
+            };
+        }
+        standing
+    }
+
+    /// A worker came up beside others that had been up before: it is to be given less than they are for a while.
+    pub fn newcomer(&self, now: Millis) {
+        self.newcomer_at.store(now + 1, Ordering::Relaxed);
+    }
+
+    /// Whether a worker came up less than `within_ms` ago beside others.
+    pub fn has_newcomers(&self, now: Millis, within_ms: u64) -> bool {
+        let at = self.newcomer_at.load(Ordering::Relaxed);
+        at > 0 && now < (at - 1).saturating_add(within_ms)
     }
 
     /// Whether there is more than one server: data-parallel ranks of one share what it stores.

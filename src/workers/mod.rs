@@ -5,18 +5,22 @@
 //! request (requests in flight, health, counters) lives in atomics of the [`Worker`] itself, so a new fleet
 //! forgets nothing.
 
+mod breaker;
 mod engine;
 mod fleet;
 mod load;
 mod registry;
+mod settings;
 mod spec;
 mod url;
 mod worker;
 
+pub use breaker::{Breaker, BreakerRules, BreakerState, MOST_FAILURES, Trial, Turn};
 pub use engine::{Engine, EngineStats};
-pub use fleet::{Fleet, FleetHandle, Model, Resolved};
+pub use fleet::{Fleet, FleetHandle, Model, Resolved, Standing};
 pub use load::{Demand, InFlight, Load};
 pub use registry::{Learnt, ModelSettings, Registry};
+pub use settings::Settings;
 pub use spec::{Traits, WorkerSpec};
 pub use url::{UrlError, WorkerUrl};
-pub use worker::{Addresses, Health, MAX_POLICIES, Worker, WorkerCounters};
+pub use worker::{Addresses, Health, MAX_POLICIES, Rest, Worker, WorkerCounters};

@@ -1,8 +1,11 @@
 //! The mutable truth of which workers exist and what they serve. Owned by the control thread.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64},
+};
 
-use crate::workers::{Fleet, FleetHandle, Model, Worker, WorkerSpec};
+use crate::workers::{BreakerRules, Fleet, FleetHandle, Model, Worker, WorkerSpec};
 
 /// What the operator said about model names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -33,6 +36,7 @@ pub struct Registry {
     entries: Vec<(Arc<Worker>, Learnt)>,
     models_json: Vec<u8>,
     version_json: Vec<u8>,
+    newcomer_at: Arc<AtomicU64>,
     handle: FleetHandle,
 }
 
@@ -40,12 +44,21 @@ impl Registry {
     /// A registry of these workers, in that order; of each nothing is known yet. The ranks of a server follow
     /// each other.
     pub fn new(specs: impl IntoIterator<Item = WorkerSpec>, settings: ModelSettings) -> Self {
+        Self::with_breakers(specs, settings, BreakerRules::default())
+    }
+
+    /// As [`Registry::new`], with breakers of these rules.
+    pub fn with_breakers(
+        specs: impl IntoIterator<Item = WorkerSpec>,
+        settings: ModelSettings,
+        rules: BreakerRules,
+    ) -> Self {
         let mut entries: Vec<(Arc<Worker>, Learnt)> = Vec::new();
         for (id, spec) in specs.into_iter().enumerate() {
             let sibling = entries.last().filter(|(last, _)| spec.rank.is_some() && *last.url() == spec.url);
             let worker = match sibling {
                 Some((last, _)) => last.sibling(id, spec),
-                None => Worker::new(id, spec),
+                None => Worker::with_breaker(id, spec, rules),
             };
             entries.push((Arc::new(worker), Learnt::Nothing));
         }
@@ -54,6 +67,7 @@ impl Registry {
             entries,
             models_json: Vec::new(),
             version_json: Vec::new(),
+            newcomer_at: Arc::default(),
             handle: FleetHandle::default(),
         };
         registry.publish();
@@ -129,6 +143,7 @@ impl Registry {
             default_model,
             models_json: self.models_json.clone(),
             version_json: self.version_json.clone(),
+            newcomer_at: self.newcomer_at.clone(),
         };
         fleet.others = fleet.all.iter().copied().filter(|at| !fleet.front().contains(at)).collect();
         fleet
@@ -282,6 +297,6 @@ mod tests {
     fn while_nothing_is_known_no_model_is_called_unknown() {
         let fleet = registry(ModelSettings::default()).handle().load_full();
         assert_eq!(workers(&fleet.resolve(Some("m"))), [0, 1]);
-        assert!(!fleet.usable());
+        assert_eq!(fleet.standing(0), crate::workers::Standing::NoneUp);
     }
 }

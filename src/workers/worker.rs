@@ -4,13 +4,15 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
 };
 
 use arc_swap::ArcSwap;
 
-use crate::workers::{Engine, Load, Traits, WorkerSpec, WorkerUrl, load::Cells};
+use crate::base::Millis;
+use crate::telemetry::metrics::{Ejection, ProbeVerdict};
+use crate::workers::{Breaker, BreakerRules, Engine, Load, Traits, Turn, WorkerSpec, WorkerUrl, load::Cells};
 
 /// What is believed of a worker. Busy is not dead: only transport errors and probes change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +24,29 @@ pub enum Health {
     Up = 1,
     /// It could not be reached, or its `/health` said no.
     Down = 2,
+    /// It serves, but too many of its last probes failed or were slow: it is used where nobody better is left.
+    Ejected = 3,
+}
+
+impl Health {
+    fn of(byte: u8) -> Self {
+        match byte {
+            1 => Self::Up,
+            2 => Self::Down,
+            3 => Self::Ejected,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Why a worker that is up would let a request wait for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Rest {
+    /// It sleeps: it has given its memory back.
+    Asleep = 1,
+    /// It is paused.
+    Paused = 2,
 }
 
 /// The addresses that a worker's host name resolved to.
@@ -52,6 +77,22 @@ pub struct WorkerCounters {
     pub reported_cached_tokens: AtomicU64,
     /// Times that a policy chose it, by the policy's position in its table.
     pub selections: [AtomicU64; MAX_POLICIES],
+    /// Times that it was taken out, by reason.
+    pub ejections: [AtomicU64; Ejection::ALL.len()],
+    /// Probes of its server, by verdict.
+    pub probes: [AtomicU64; ProbeVerdict::ALL.len()],
+}
+
+impl WorkerCounters {
+    /// It was taken out.
+    pub fn ejected(&self, reason: Ejection) {
+        self.ejections[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It was probed.
+    pub fn probed(&self, verdict: ProbeVerdict) {
+        self.probes[verdict as usize].fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Policies that can be counted at most.
@@ -68,8 +109,16 @@ struct Server {
     addresses: ArcSwap<Addresses>,
     /// A [`Health`].
     health: AtomicU8,
+    /// [`Rest`]s, as bits: what it said when it was asked, other than in its `/metrics`.
+    resting: AtomicU8,
+    /// Somebody wants it probed.
+    doubted: AtomicBool,
     /// Grows with every loss of the prefix caches.
     cache_generation: AtomicU32,
+    /// Workers that are ranks of it.
+    ranks: AtomicU32,
+    /// When it came up last.
+    up_since: AtomicU64,
 }
 
 /// One vLLM server, or one data-parallel rank of it. Shared by all threads; everything that changes is atomic.
@@ -80,7 +129,11 @@ pub struct Worker {
     name: String,
     rank: Option<String>,
     server: Arc<Server>,
+    /// Of the server. Beside it, because it is only written to when something is wrong, and read for every choice.
+    breaker: Arc<Breaker>,
     engine: Engine,
+    /// Attempts that had been made on it when the breaker was last told of a failure.
+    attempts_told: AtomicU64,
     load: OwnLine<Cells>,
     counters: OwnLine<WorkerCounters>,
 }
@@ -89,17 +142,23 @@ impl Worker {
     /// A worker of which nothing is known but what the operator says. `id` is never given to another one in this
     /// process.
     pub fn new(id: usize, spec: WorkerSpec) -> Self {
-        Self::on(Arc::default(), id, spec)
+        Self::with_breaker(id, spec, BreakerRules::default())
+    }
+
+    /// As [`Worker::new`], with a breaker of these rules.
+    pub fn with_breaker(id: usize, spec: WorkerSpec, rules: BreakerRules) -> Self {
+        Self::on(Arc::default(), Arc::new(Breaker::new(rules)), id, spec)
     }
 
     /// As [`Worker::new`], a further rank of the server that `self` is a rank of: both are reached, are down and
     /// lose their caches together.
     pub fn sibling(&self, id: usize, spec: WorkerSpec) -> Self {
         debug_assert_eq!(self.spec.url, spec.url, "a rank of another server");
-        Self::on(self.server.clone(), id, spec)
+        Self::on(self.server.clone(), self.breaker.clone(), id, spec)
     }
 
-    fn on(server: Arc<Server>, id: usize, spec: WorkerSpec) -> Self {
+    fn on(server: Arc<Server>, breaker: Arc<Breaker>, id: usize, spec: WorkerSpec) -> Self {
+        server.ranks.fetch_add(1, Ordering::Relaxed);
         let rank = spec.rank.map(|rank| rank.to_string());
         let name = match &rank {
             Some(rank) => format!("{}@{rank}", spec.url),
@@ -111,7 +170,9 @@ impl Worker {
             name,
             rank,
             server,
+            breaker,
             engine: Engine::default(),
+            attempts_told: AtomicU64::new(0),
             load: OwnLine::default(),
             counters: OwnLine::default(),
         }
@@ -178,26 +239,89 @@ impl Worker {
 
     /// What is believed of it now.
     pub fn health(&self) -> Health {
-        match self.server.health.load(Ordering::Relaxed) {
-            1 => Health::Up,
-            2 => Health::Down,
-            _ => Health::Unknown,
+        Health::of(self.server.health.load(Ordering::Relaxed))
+    }
+
+    /// Whether it is up.
+    pub fn usable(&self) -> bool {
+        self.health() == Health::Up
+    }
+
+    /// Whether it is given requests in the ordinary way: it is up, neither sleeps nor is paused, and its breaker
+    /// lets them through.
+    pub fn serves(&self, now: Millis) -> bool {
+        self.usable() && !self.rests() && self.breaker.admits(now)
+    }
+
+    /// The breaker of its server.
+    pub fn breaker(&self) -> &Arc<Breaker> {
+        &self.breaker
+    }
+
+    /// Tells the breaker of a failure.
+    pub fn failed(&self, now: Millis) -> Turn {
+        let attempts = self.counters().attempts.load(Ordering::Relaxed);
+        let told = self.attempts_told.swap(attempts, Ordering::Relaxed);
+        // what the other ranks did meanwhile is not known here; the choice makes it about the same
+        let ranks = u64::from(self.server.ranks.load(Ordering::Relaxed));
+        self.breaker.failed_after(now, attempts.saturating_sub(told).max(1).saturating_mul(ranks))
+    }
+
+    /// Something looks wrong with it: the control thread probes it, and learns its models anew, at once. Until
+    /// that has spoken it is used as before.
+    pub fn doubt(&self) {
+        // what many requests doubt together is written once
+        if !self.server.doubted.load(Ordering::Relaxed) {
+            self.server.doubted.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether it takes requests in the ordinary way.
-    pub fn usable(&self) -> bool {
-        self.health() == Health::Up
+    /// Whether it was doubted since this was asked last.
+    pub fn take_doubt(&self) -> bool {
+        self.server.doubted.load(Ordering::Relaxed) && self.server.doubted.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether it sleeps or is paused.
+    pub fn rests(&self) -> bool {
+        self.engine.asleep() || self.server.resting.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether it rests, and in which of the two ways.
+    pub fn rest(&self) -> Option<Rest> {
+        let bits = self.server.resting.load(Ordering::Relaxed);
+        if self.engine.asleep() || bits & Rest::Asleep as u8 != 0 {
+            Some(Rest::Asleep)
+        } else {
+            (bits != 0).then_some(Rest::Paused)
+        }
+    }
+
+    /// Takes over what its server said when it was asked; returns whether that is news.
+    pub fn set_rest(&self, rest: Rest, rests: bool) -> bool {
+        let bit = rest as u8;
+        let before = if rests {
+            self.server.resting.fetch_or(bit, Ordering::Relaxed)
+        } else {
+            self.server.resting.fetch_and(!bit, Ordering::Relaxed)
+        };
+        (before & bit != 0) != rests
+    }
+
+    /// It is up from now on, and was not before.
+    pub fn came_up(&self, now: Millis) {
+        self.server.up_since.store(now, Ordering::Relaxed);
+        self.set_health(Health::Up);
+    }
+
+    /// When it came up last; only of use while it is up.
+    pub fn up_since(&self) -> Millis {
+        self.server.up_since.load(Ordering::Relaxed)
     }
 
     /// Sets what is believed of it and of its server's other ranks; returns what was believed before. Who comes
     /// back from being down has most likely been started anew, so going down loses the cache.
     pub fn set_health(&self, health: Health) -> Health {
-        let before = match self.server.health.swap(health as u8, Ordering::Relaxed) {
-            1 => Health::Up,
-            2 => Health::Down,
-            _ => Health::Unknown,
-        };
+        let before = Health::of(self.server.health.swap(health as u8, Ordering::Relaxed));
         if health == Health::Down && before != Health::Down {
             self.cache_lost();
         }
@@ -262,6 +386,44 @@ mod tests {
         assert_eq!(worker.addresses().list, [one, two]);
         assert!(worker.resolved(vec![two]));
         assert_eq!(worker.addresses().generation, 2);
+    }
+
+    #[test]
+    fn who_sleeps_or_is_paused_serves_nobody_until_both_are_over() {
+        let worker = worker();
+        worker.came_up(7);
+        assert!(worker.serves(7) && worker.up_since() == 7);
+        assert!(worker.set_rest(Rest::Paused, true) && !worker.set_rest(Rest::Paused, true));
+        assert_eq!((worker.rest(), worker.serves(7)), (Some(Rest::Paused), false));
+        assert!(worker.set_rest(Rest::Asleep, true));
+        assert_eq!(worker.rest(), Some(Rest::Asleep));
+        assert!(worker.set_rest(Rest::Asleep, false) && worker.set_rest(Rest::Paused, false));
+        assert_eq!((worker.rest(), worker.serves(7)), (None, true));
+    }
+
+    #[test]
+    fn a_doubt_is_taken_once() {
+        let worker = worker();
+        assert!(!worker.take_doubt());
+        worker.doubt();
+        worker.doubt();
+        assert!(worker.take_doubt() && !worker.take_doubt());
+    }
+
+    #[test]
+    fn a_worker_that_fails_every_third_time_keeps_its_breaker_closed() {
+        let failing = |every: u64| {
+            let worker = worker();
+            for attempt in 1..=60 {
+                worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
+                if attempt % every == 0 {
+                    worker.failed(attempt);
+                }
+            }
+            worker.breaker().state()
+        };
+        use crate::workers::BreakerState::{Closed, Open};
+        assert_eq!([failing(1), failing(2), failing(3)], [Open, Open, Closed]);
     }
 
     #[test]

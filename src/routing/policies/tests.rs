@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    routing::{PolicyName, Tried},
+    routing::{PolicyName, Terms, Tried},
     workers::{EngineStats, Fleet, Health, InFlight, ModelSettings, Registry, Traits, WorkerSpec},
 };
 
@@ -40,7 +40,7 @@ pub(in crate::routing) fn among<'a>(
     serving: &[usize],
     scratch: &'a mut Vec<usize>,
 ) -> Candidates<'a> {
-    Candidates::of(fleet, serving, &Tried::none(), scratch)
+    Candidates::of(fleet, serving, &Tried::none(), &Terms::default(), scratch)
 }
 
 /// A policy and what it chooses from.
@@ -261,7 +261,8 @@ fn simulate(name: &str, seed: u64) {
                 let mut scratch = Vec::new();
                 let allowed = among(&bed.fleet, &all, &mut scratch).positions().to_vec();
                 let chosen = bed.selected(session).map(|selection| selection.position);
-                assert_eq!(chosen.is_none(), count == 0, "{name}, seed {seed}, step {step}");
+                let all_rest = bed.fleet.workers.iter().all(|worker| worker.rests());
+                assert_eq!(chosen.is_none(), all_rest, "{name}, seed {seed}, step {step}");
                 let Some(chosen) = chosen else { continue };
                 assert!(
                     allowed.contains(&chosen),

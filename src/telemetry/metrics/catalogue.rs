@@ -7,7 +7,7 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use super::{Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
+use super::{Ejection, ProbeVerdict, Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
 
 /// What kind of metric a row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +29,8 @@ enum Values {
     PerWorker(fn(&WorkerSample) -> u64),
     /// A figure that a worker may not tell.
     IfTold(fn(&WorkerSample) -> Option<f64>),
+    /// Figures of each worker, one for each value of a label.
+    PerWord(&'static str, fn() -> Vec<&'static str>, fn(&WorkerSample) -> &[u64]),
     /// A figure of each policy with each worker: by position in the table of policies.
     PerPolicy(fn(&WorkerSample) -> &[u64]),
     /// Labels of its own.
@@ -137,6 +139,12 @@ pub const CATALOGUE: &[Row] = &[
         }),
     },
     Row {
+        name: "vllm_proxy_panic_choices",
+        help: "Requests sent to a worker that should not be used (down, or its breaker open), because none was left that should",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.panic_choices())),
+    },
+    Row {
         name: "vllm_proxy_panics",
         help: "Tasks that panicked; each cost its connection",
         kind: Kind::Counter,
@@ -153,6 +161,44 @@ pub const CATALOGUE: &[Row] = &[
         help: "Whether a worker takes requests",
         kind: Kind::Gauge,
         values: Values::PerWorker(|worker| u64::from(worker.healthy)),
+    },
+    Row {
+        name: "vllm_proxy_worker_breaker_state",
+        help: "What a worker's breaker does: 0 closed, 1 open, 2 half-open",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.breaker)),
+    },
+    Row {
+        name: "vllm_proxy_worker_asleep",
+        help: "Whether a worker sleeps, which keeps requests away from it",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.asleep)),
+    },
+    Row {
+        name: "vllm_proxy_worker_paused",
+        help: "Whether a worker is paused, which keeps requests away from it",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.paused)),
+    },
+    Row {
+        name: "vllm_proxy_worker_ejections",
+        help: "Times that a worker was taken out, by reason",
+        kind: Kind::Counter,
+        values: Values::PerWord(
+            "reason",
+            || Ejection::ALL.iter().map(|reason| reason.label()).collect(),
+            |worker| &worker.ejections,
+        ),
+    },
+    Row {
+        name: "vllm_proxy_worker_probes",
+        help: "Probes of a worker, by what they found",
+        kind: Kind::Counter,
+        values: Values::PerWord(
+            "verdict",
+            || ProbeVerdict::ALL.iter().map(|verdict| verdict.label()).collect(),
+            |worker| &worker.probes,
+        ),
     },
     Row {
         name: "vllm_proxy_worker_in_flight",
@@ -261,7 +307,10 @@ pub const CATALOGUE: &[Row] = &[
 impl Row {
     /// Whether its series appear with the workers.
     pub fn per_worker(&self) -> bool {
-        matches!(self.values, Values::PerWorker(_) | Values::IfTold(_) | Values::PerPolicy(_))
+        matches!(
+            self.values,
+            Values::PerWorker(_) | Values::IfTold(_) | Values::PerPolicy(_) | Values::PerWord(..)
+        )
     }
 
     pub(super) fn encode(&self, scrape: &Scrape, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -279,6 +328,11 @@ impl Row {
             Values::IfTold(read) => scrape.workers.iter().try_for_each(|worker| match read(worker) {
                 Some(value) => gauge(&mut metric, &[("worker", worker.worker.as_str())], value),
                 None => Ok(()),
+            }),
+            Values::PerWord(label, words, read) => scrape.workers.iter().try_for_each(|worker| {
+                words().into_iter().zip(read(worker)).try_for_each(|(word, &count)| {
+                    counter(&mut metric, &[("worker", worker.worker.as_str()), (label, word)], count)
+                })
             }),
             Values::PerPolicy(read) => scrape
                 .workers

@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 
 pub use catalogue::{CATALOGUE, Kind, Row};
-pub use slot::{Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
+pub use slot::{Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
 
 /// How a scrape is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +86,16 @@ pub struct WorkerSample {
     pub worker: String,
     /// Whether it takes requests.
     pub healthy: bool,
+    /// What its breaker does: 0 closed, 1 open, 2 half-open.
+    pub breaker: u8,
+    /// Whether it sleeps.
+    pub asleep: bool,
+    /// Whether it is paused.
+    pub paused: bool,
+    /// Times that it was taken out, in the order of [`Ejection::ALL`].
+    pub ejections: Vec<u64>,
+    /// Probes, in the order of [`ProbeVerdict::ALL`].
+    pub probes: Vec<u64>,
     /// Requests of this process that run on it now.
     pub in_flight: u32,
     /// Attempts sent or tried to be sent.
@@ -223,6 +233,11 @@ mod tests {
         WorkerSample {
             worker: worker.to_owned(),
             healthy: true,
+            breaker: 2,
+            asleep: true,
+            paused: false,
+            ejections: vec![17; Ejection::ALL.len()],
+            probes: vec![18; ProbeVerdict::ALL.len()],
             in_flight: 3,
             attempts: 4,
             transport_errors: 5,
@@ -339,6 +354,20 @@ mod tests {
             let series =
                 |name: &str| value(&text, &format!("vllm_proxy_worker_{name}{{worker=\"{worker}\"}}"));
             assert_eq!(series("health"), "1");
+            assert_eq!(series("breaker_state"), "2");
+            assert_eq!((series("asleep"), series("paused")), ("1".to_owned(), "0".to_owned()));
+            let counted = |name: &str, label: &str, word: &str| {
+                value(
+                    &text,
+                    &format!("vllm_proxy_worker_{name}_total{{worker=\"{worker}\",{label}=\"{word}\"}}"),
+                )
+            };
+            for reason in Ejection::ALL {
+                assert_eq!(counted("ejections", "reason", reason.label()), "17");
+            }
+            for verdict in ProbeVerdict::ALL {
+                assert_eq!(counted("probes", "verdict", verdict.label()), "18");
+            }
             assert_eq!(series("in_flight"), "3");
             assert_eq!(series("attempts_total"), "4");
             assert_eq!(series("transport_errors_total"), "5");

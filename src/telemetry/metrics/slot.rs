@@ -120,6 +120,38 @@ labels! {
     }
 }
 
+labels! {
+    /// Why a worker was taken out.
+    Ejection {
+        /// A request could not connect to it.
+        Connect = "connect",
+        /// A request was answered that its engine is dead.
+        EngineDead = "engine_dead",
+        /// A probe found it unreachable, or it said that it does not serve.
+        Probe = "probe",
+        /// Several probes in a row were not answered in time.
+        LateProbes = "late_probes",
+        /// Too many of its last probes failed.
+        SuccessRate = "success_rate",
+        /// Its last probes took too long.
+        ResponseTime = "response_time",
+        /// Its breaker opened.
+        Breaker = "breaker",
+    }
+}
+
+labels! {
+    /// What a probe found.
+    ProbeVerdict {
+        /// The worker serves.
+        Good = "good",
+        /// It says that it does not, or cannot be reached.
+        Bad = "bad",
+        /// It did not answer in time.
+        Late = "late",
+    }
+}
+
 /// One shard's counters. Only the shard writes; anybody may read. A slot lies on cache lines of its own.
 #[derive(Debug)]
 #[repr(align(128))]
@@ -139,6 +171,7 @@ pub struct ShardMetrics {
     retries: [AtomicU64; Retry::ALL.len()],
     refusals: [AtomicU64; Refusal::ALL.len()],
     panics: AtomicU64,
+    panic_choices: AtomicU64,
 }
 
 fn zeros<const N: usize>() -> [AtomicU64; N] {
@@ -172,6 +205,7 @@ impl ShardMetrics {
             retries: zeros(),
             refusals: zeros(),
             panics: AtomicU64::new(0),
+            panic_choices: AtomicU64::new(0),
         }
     }
 
@@ -231,6 +265,15 @@ impl ShardMetrics {
     /// A task panicked; its connection is gone.
     pub fn panicked(&self) {
         add(&self.panics, 1);
+    }
+
+    /// A worker that should not be used was chosen, because none is left that should.
+    pub fn chose_in_panic(&self) {
+        add(&self.panic_choices, 1);
+    }
+
+    pub(super) fn panic_choices(&self) -> u64 {
+        read(&self.panic_choices)
     }
 
     pub(super) fn requests(&self, endpoint: usize, class: StatusClass) -> u64 {
