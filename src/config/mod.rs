@@ -11,7 +11,7 @@ mod cli;
 mod rules;
 mod show;
 
-use crate::{control, proxy, routing, shard, telemetry::log, upstream, workers::WorkerSpec};
+use crate::{control, net, proxy, routing, shard, telemetry::log, upstream, workers::WorkerSpec};
 
 pub use cli::{Command, Refused, command, definition};
 pub use rules::Invalid;
@@ -61,6 +61,10 @@ pub struct Config {
     /// Limits of an exchange.
     #[command(flatten, next_help_heading = "Clients and their requests")]
     pub proxy: proxy::Settings,
+
+    /// How vanished peers are found, on both sides.
+    #[command(flatten, next_help_heading = "TCP, on both sides")]
+    pub net: net::Settings,
 
     /// Connections to workers.
     #[command(flatten, next_help_heading = "Connections to workers")]

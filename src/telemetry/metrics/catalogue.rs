@@ -7,7 +7,7 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use super::{Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
+use super::{Break, Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
 
 /// What kind of metric a row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,6 +132,17 @@ pub const CATALOGUE: &[Row] = &[
         values: Values::Labelled(|scrape, metric| {
             Refusal::ALL.iter().try_for_each(|reason| {
                 let count = scrape.metrics.sum(|shard| shard.refusals(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_broken_answers",
+        help: "Answers that broke off after they had begun, by reason; a stream of events was ended with an error event where that was possible",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Break::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.breaks(*reason));
                 counter(metric, &[("reason", reason.label())], count)
             })
         }),
