@@ -70,7 +70,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     // the driver first, then the sockets: a refused ring must not cost a client its connection
     let (starting, driver) = raise_shards(&config.shards, count, &cores)?;
     let address = SocketAddr::new(config.shards.host, config.shards.port);
-    let listeners = net::listen(address, count)?;
+    let patient = config.net.patient(config.proxy.write_timeout_secs);
+    let listeners = net::listen(address, count, &patient)?;
     let address = listeners.first().context("no listener")?.local_addr()?;
     let admin_listener =
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen for the control thread")?;
@@ -114,6 +115,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         let parts = proxy::Parts {
             settings: config.proxy.clone(),
             upstream: config.upstream.clone(),
+            net: config.net.patient(config.proxy.worker_write_timeout_secs),
             clock,
             fleet: fleet.clone(),
             admin: admin.clone(),

@@ -12,7 +12,7 @@ mod rules;
 mod show;
 
 use crate::{
-    control, proxy, routing, shard,
+    control, net, proxy, routing, shard,
     telemetry::log,
     upstream,
     workers::{self, WorkerSpec},
@@ -66,6 +66,10 @@ pub struct Config {
     /// Limits of an exchange.
     #[command(flatten, next_help_heading = "Clients and their requests")]
     pub proxy: proxy::Settings,
+
+    /// How vanished peers are found, on both sides.
+    #[command(flatten, next_help_heading = "TCP, on both sides")]
+    pub net: net::Settings,
 
     /// Connections to workers.
     #[command(flatten, next_help_heading = "Connections to workers")]

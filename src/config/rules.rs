@@ -14,6 +14,12 @@ use crate::workers::MOST_FAILURES;
 /// A year. Longer times have no use, and sums with them must not overflow.
 const MAX_SECONDS: u64 = 31_536_000;
 
+/// Linux takes no longer pause before the probes of a silent connection (`MAX_TCP_KEEPIDLE`).
+const MAX_KEEPALIVE_SECONDS: u64 = 32_767;
+
+/// Linux counts it in milliseconds of 32 bits with a sign.
+const MAX_USER_TIMEOUT_SECONDS: u64 = i32::MAX as u64 / 1000;
+
 /// The shortest interval between two probes or looks, in seconds: below it a worker would see little else.
 const MIN_INTERVAL_SECONDS: f64 = 0.01;
 
@@ -90,8 +96,17 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "worker_header", allowed: SWITCH, check: |_| Ok(()) },
     Rule { id: "head_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.head_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "body_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.body_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "body_min_rate_bytes", allowed: "a whole number of bytes from 0 to 2^30", check: |c| within(c.proxy.body_min_rate_bytes, 0..=1 << 30) },
     Rule { id: "keepalive_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.keepalive_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "write_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.write_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "response_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.proxy.response_timeout_secs, 0..=MAX_SECONDS) },
+    Rule { id: "stream_idle_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.proxy.stream_idle_timeout_secs, 0..=MAX_SECONDS) },
+    Rule { id: "request_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.proxy.request_timeout_secs, 0..=MAX_SECONDS) },
+    Rule { id: "worker_write_timeout_secs", allowed: SECONDS, check: |c| within(c.proxy.worker_write_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "sse_keepalive_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.proxy.sse_keepalive_secs, 0..=MAX_SECONDS) },
+
+    Rule { id: "tcp_keepalive_secs", allowed: "a whole number of seconds from 0 to 32767", check: |c| within(c.net.tcp_keepalive_secs, 0..=MAX_KEEPALIVE_SECONDS) },
+    Rule { id: "tcp_user_timeout_secs", allowed: "a whole number of seconds from 0 to 2147483", check: |c| within(c.net.tcp_user_timeout_secs, 0..=MAX_USER_TIMEOUT_SECONDS) },
 
     Rule { id: "connect_timeout_secs", allowed: SECONDS, check: |c| within(c.upstream.connect_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "pool_idle_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.upstream.pool_idle_timeout_secs, 0..=MAX_SECONDS) },

@@ -129,6 +129,14 @@ impl ChunkTracker {
     /// # Errors
     /// [`ChunkError`]. The tracker must not be used after it.
     pub fn track(&mut self, input: &[u8]) -> Result<Tracked, ChunkError> {
+        self.track_data(input, |_| {})
+    }
+
+    /// As [`track`](Self::track), and shows each run of data bytes to `seen`.
+    ///
+    /// # Errors
+    /// As [`track`](Self::track).
+    pub fn track_data(&mut self, input: &[u8], mut seen: impl FnMut(&[u8])) -> Result<Tracked, ChunkError> {
         let mut tracked = Tracked { consumed: 0, data: 0, done: false };
         loop {
             tracked.consumed += self.skip_framing(input.get(tracked.consumed..).unwrap_or_default())?;
@@ -138,8 +146,10 @@ impl ChunkTracker {
                 debug_assert!(tracked.done || tracked.consumed == input.len(), "walked to the end");
                 return Ok(tracked);
             }
+            let from = tracked.consumed;
             tracked.consumed += data;
             tracked.data += data;
+            seen(input.get(from..tracked.consumed).unwrap_or_default());
         }
     }
 
@@ -177,6 +187,70 @@ impl ChunkTracker {
     /// Data bytes of the current chunk that are still to come; 0 outside of one.
     pub fn remaining(&self) -> u64 {
         if self.state == State::Data { self.remaining } else { 0 }
+    }
+
+    /// What ends the body legally after the last byte that was seen, with `text` as its last data, in however many
+    /// chunks that takes. A chunk that is open is filled with `text`, and with `filler` where `text` is too short for
+    /// it. Where the sender has announced the end already, no more data can be sent and none is.
+    ///
+    /// `None` if it cannot be ended: more than `most` bytes are missing in the open chunk, an extension or the name
+    /// of a trailer field is torn apart, or the body has ended.
+    pub fn conclude(&self, text: &[u8], filler: u8, most: usize) -> Option<Vec<u8>> {
+        let mut out = Vec::with_capacity(text.len() + 32);
+        // what ends the line that is open, and the data bytes that it announces
+        let (line, open) = match self.state {
+            State::SizeStart => (&b""[..], 0),
+            State::Data => (&b""[..], self.remaining),
+            State::DataCr => {
+                out.extend_from_slice(b"\r\n");
+                (&b""[..], 0)
+            }
+            State::DataLf => {
+                out.extend_from_slice(b"\n");
+                (&b""[..], 0)
+            }
+            State::Size | State::ExtensionName | State::ExtensionValue | State::ExtensionQuotedEnd
+                if self.remaining > 0 =>
+            {
+                (&b"\r\n"[..], self.remaining)
+            }
+            State::Size => return Some(self.conclude_zero(text)),
+            State::SizeLf if self.remaining > 0 => (&b"\n"[..], self.remaining),
+            State::ExtensionName | State::ExtensionValue | State::ExtensionQuotedEnd => {
+                return Some(b"\r\n\r\n".to_vec());
+            }
+            State::SizeLf | State::TrailerLf => return Some(b"\n\r\n".to_vec()),
+            State::TrailerStart => return Some(b"\r\n".to_vec()),
+            State::TrailerValue => return Some(b"\r\n\r\n".to_vec()),
+            State::EndLf => return Some(b"\n".to_vec()),
+            _ => return None,
+        };
+        out.extend_from_slice(line);
+        let open = usize::try_from(open).ok().filter(|open| *open <= most)?;
+        let (filling, rest) = text.split_at(open.min(text.len()));
+        if open > 0 {
+            out.extend_from_slice(filling);
+            out.resize(out.len() + open - filling.len(), filler);
+            out.extend_from_slice(b"\r\n");
+        }
+        push_last_chunks(&mut out, rest);
+        Some(out)
+    }
+
+    /// A size line that says no more than `0` so far: with more digits it still announces data.
+    fn conclude_zero(&self, text: &[u8]) -> Vec<u8> {
+        let (head, count) = chunk_head(text.len());
+        let mut out = Vec::with_capacity(text.len() + 32);
+        // `count` has two bytes of a line end in it
+        if text.is_empty() || usize::from(self.digits) + count - 2 > usize::from(MAX_SIZE_DIGITS) {
+            out.extend_from_slice(b"\r\n\r\n");
+            return out;
+        }
+        out.extend_from_slice(head.get(..count).unwrap_or_default());
+        out.extend_from_slice(text);
+        out.extend_from_slice(b"\r\n");
+        push_last_chunks(&mut out, b"");
+        out
     }
 
     /// Takes up to `available` bytes of the current chunk's data; 0 outside of a chunk's data.
@@ -318,6 +392,17 @@ impl ChunkTracker {
         let name = self.name.get(..usize::from(self.name_bytes)).unwrap_or_default();
         matches!(name, b"content-length" | b"transfer-encoding" | b"host")
     }
+}
+
+/// A chunk of `text`, if it is not empty, and the end of the body.
+fn push_last_chunks(out: &mut Vec<u8>, text: &[u8]) {
+    if !text.is_empty() {
+        let (head, count) = chunk_head(text.len());
+        out.extend_from_slice(head.get(..count).unwrap_or_default());
+        out.extend_from_slice(text);
+        out.extend_from_slice(b"\r\n");
+    }
+    out.extend_from_slice(b"0\r\n\r\n");
 }
 
 /// The line before a chunk of `len` bytes of data: the bytes and how many of them count. Lower-case digits

@@ -4,7 +4,8 @@
 //!
 //! - [`RequestHead`] and [`ResponseHead`] take a growing prefix of a connection's bytes until a head is
 //!   complete. They belong to a connection and are reused, so a steady connection allocates nothing.
-//! - [`ChunkTracker`] walks a chunked body in whatever pieces it arrives, and changes none of it.
+//! - [`ChunkTracker`] walks a chunked body in whatever pieces it arrives, and changes none of it;
+//!   [`EventTail`] knows where a stream of events stands.
 //! - A head is never passed on as bytes: it is written anew from its parsed parts, so that nothing which two
 //!   parsers could read in two ways ever leaves this process (`faults.md` §2.1, RFC 9112 §11).
 //!
@@ -16,6 +17,7 @@
 //! `proxy::respond` says it to the client.
 
 mod chunked;
+mod events;
 mod fields;
 mod lines;
 mod request;
@@ -25,6 +27,7 @@ mod target;
 pub use chunked::{
     ChunkError, ChunkTracker, Decoded, MAX_EXTENSION_BYTES, MAX_TRAILER_BYTES, Tracked, chunk_head,
 };
+pub use events::EventTail;
 pub use request::{RequestError, RequestFraming, RequestHead, UpstreamHead};
 pub use response::{DownstreamHead, ResponseError, ResponseFraming, ResponseHead};
 

@@ -640,3 +640,68 @@ fn a_chunk_head_is_the_shortest_lower_case_size() {
         assert_eq!(std::str::from_utf8(&bytes[..end]), Ok(expected));
     }
 }
+
+/// A stream of events as vLLM sends it, with everything that chunked coding allows around it.
+fn chunked_events() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (line, data) in [
+        ("12", "data: {\"a\":\"\u{1f999}\"}"),
+        ("2;x=y", "\n\n"),
+        ("0d;q=\"z\" ;w", "data: {\"b\"}\n\n"),
+        ("000A", "data: xyz\n"),
+        ("1", "\n"),
+    ] {
+        bytes.extend_from_slice(format!("{line}\r\n{data}\r\n").as_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn a_stream_cut_at_any_byte_is_concluded_legally_with_the_event_as_its_last() {
+    const EVENT: &str = "data: {\"error\": 1}\n\ndata: [DONE]\n\n";
+    let stream = chunked_events();
+    let mut torn = 0;
+    for cut in 0..=stream.len() {
+        let part = &stream[..cut];
+        let (mut tracker, mut tail) = (ChunkTracker::new(), EventTail::default());
+        tracker.track_data(part, |data| tail.push(data)).unwrap();
+        let text = if tail.is_between_events() { EVENT.to_owned() } else { format!("\n\n{EVENT}") };
+        let Some(end) = tracker.conclude(text.as_bytes(), b'\n', 64) else {
+            let line = part.rsplit(|byte| *byte == b'\n').next().unwrap();
+            assert!(line.contains(&b';'), "{cut}: only an extension cannot be concluded");
+            torn += 1;
+            continue;
+        };
+        let mut whole = [part, &end].concat();
+        let decoded = ChunkTracker::new().decode(&mut whole).unwrap_or_else(|error| panic!("{cut}: {error}"));
+        assert!(decoded.done && decoded.consumed == whole.len(), "{cut}: {}", end.escape_ascii());
+        let data = String::from_utf8_lossy(&whole[..decoded.data]).into_owned();
+        let (before, event) = data.trim_end_matches('\n').split_at(data.find(EVENT.trim_end()).unwrap());
+        assert_eq!(event, EVENT.trim_end(), "{cut}");
+        assert!(before.is_empty() || before.ends_with("\n\n"), "{cut}: {before:?}");
+        assert!(data.ends_with("\n\n"), "{cut}");
+    }
+    assert!(torn <= 8, "{torn} of {} cuts cannot be concluded", stream.len());
+}
+
+#[test]
+fn a_body_whose_end_was_announced_is_only_ended() {
+    for end in ["0\r", "0\r\n", "0\r\n\r", "0;a\r", "0;a=b", "0\r\nX: y", "0\r\nX: y\r", "0\r\nX: y\r\n"] {
+        let mut tracker = ChunkTracker::new();
+        tracker.track(end.as_bytes()).unwrap();
+        let rest = tracker.conclude(b"text", b'\n', 64).unwrap();
+        let mut whole = [end.as_bytes(), &rest].concat();
+        let decoded = ChunkTracker::new().decode(&mut whole).unwrap();
+        assert!(decoded.done && decoded.data == 0 && decoded.consumed == whole.len(), "{end:?}");
+    }
+    for torn in ["0\r\nX", "0;", "0;a=\"", "0\r\n\r\n", "ff\r\n"] {
+        let mut tracker = ChunkTracker::new();
+        tracker.track(torn.as_bytes()).unwrap();
+        assert_eq!(tracker.conclude(b"text", b'\n', 64), None, "{torn:?}");
+    }
+    // what says no more than 0 may still become a chunk
+    let mut tracker = ChunkTracker::new();
+    tracker.track(b"0").unwrap();
+    assert_eq!(tracker.conclude(b"text", b'\n', 64).unwrap(), b"4\r\ntext\r\n0\r\n\r\n");
+    assert_eq!(tracker.conclude(b"", b'\n', 64).unwrap(), b"\r\n\r\n");
+}

@@ -4,15 +4,19 @@
 //! [`Buffer`] by value and gives it back with the result. A read or write that is dropped before it is done is
 //! cancelled and its buffer lost: its connection must not be used any further.
 
+use std::{future::poll_fn, task::Poll};
+
 mod buffer;
 mod contain;
 mod driver;
+mod settings;
 mod socket;
 mod watch;
 
 pub use buffer::Buffer;
 pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};
+pub use settings::Settings;
 pub use socket::{Listener, ReadAhead, ReadHalf, WriteHalf, accept_from, connect, listen};
 pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
 
@@ -22,6 +26,27 @@ pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
 /// Nothing is lost if the future is dropped.
 pub async fn pause(millis: u64) {
     monoio::time::sleep(std::time::Duration::from_millis(millis)).await;
+}
+
+/// Lets this shard's other tasks run, once. Not to be looped on: as long as somebody always gives way, the driver
+/// looks at sockets but not at timers, so when `late`, a timer is waited for.
+///
+/// # Cancellation
+/// Nothing is lost if the future is dropped.
+pub async fn give_way(late: bool) {
+    if late {
+        return pause(1).await;
+    }
+    let mut given = false;
+    poll_fn(|context| {
+        if given {
+            return Poll::Ready(());
+        }
+        given = true;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Runs `task` on this shard until it ends.

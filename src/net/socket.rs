@@ -7,9 +7,10 @@ use std::{
     future::poll_fn,
     io,
     net::SocketAddr,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     pin::{Pin, pin},
     task::{Context, Waker},
+    time::Duration,
 };
 
 use monoio::{
@@ -17,10 +18,17 @@ use monoio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::net::{Buffer, Driver, Watch};
+use crate::net::{Buffer, Driver, Elapsed, Settings, Watch};
 
 /// Connections that the kernel completes before we accept them. Capped by `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
+
+/// Probes without an answer after which a silent connection is given up (where no time of
+/// `--tcp-user-timeout-secs` says so earlier), and how often they come: this part of `--tcp-keepalive-secs`.
+const KEEPALIVE_PROBES: u32 = 3;
+
+/// How often a write that does not get on is looked at within its limit.
+const LOOKS: u64 = 4;
 
 /// The half of a connection that is read.
 #[derive(Debug)]
@@ -182,6 +190,41 @@ impl WriteHalf {
         (Ok(()), buffer)
     }
 
+    /// As [`WriteHalf::write_all`], but gives up when the peer has taken nothing for `millis` milliseconds (late by
+    /// up to half of that); 0 waits for ever. What counts is what the peer acknowledges: the kernel takes more of a
+    /// large buffer only when a third of its own is free, which a slow reader may need hours for.
+    ///
+    /// # Errors
+    /// [`Elapsed`] when the peer takes nothing, or when the watch's total time is over.
+    ///
+    /// # Cancellation
+    /// As [`WriteHalf::write_all`].
+    pub async fn write_all_within(
+        &mut self,
+        buffer: Buffer,
+        watch: &Watch,
+        millis: u64,
+    ) -> Result<(io::Result<()>, Buffer), Elapsed> {
+        let fd = self.fd;
+        let mut writing = pin!(self.write_all(buffer));
+        let mut seen = None;
+        let mut stalled = 0;
+        loop {
+            match watch.limit(millis.div_ceil(LOOKS), writing.as_mut()).await {
+                Ok(written) => return Ok(written),
+                Err(Elapsed) if watch.is_total_over() => return Err(Elapsed),
+                Err(Elapsed) => {
+                    let taken = Some(acknowledged(fd));
+                    stalled = if seen == taken { stalled + 1 } else { 0 };
+                    seen = taken;
+                    if stalled == LOOKS {
+                        return Err(Elapsed);
+                    }
+                }
+            }
+        }
+    }
+
     /// Ends the connection with a reset instead of a FIN: what the peer has is not the whole.
     pub fn break_off(&self) {
         let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
@@ -198,9 +241,41 @@ impl WriteHalf {
     }
 }
 
+/// Bytes that the peer has acknowledged so far; `None` where the kernel does not tell (before Linux 4.1).
+fn acknowledged(fd: RawFd) -> Option<u64> {
+    /// `tcpi_bytes_acked` of `struct tcp_info` (linux/tcp.h), which libc's own struct does not reach.
+    const AT: usize = 120;
+    let mut info = [0_u8; AT + 8];
+    let mut size = info.len() as libc::socklen_t;
+    // SAFETY: the kernel writes no more than `size` bytes; a descriptor that is closed already is an error.
+    let result = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut size)
+    };
+    let told = result == 0 && size as usize == info.len();
+    let bytes = info.last_chunk::<8>()?;
+    told.then(|| u64::from_ne_bytes(*bytes))
+}
+
+/// Sets what finds peers that have vanished (RFC 9293 §3.8.4, RFC 5482), and that small heads and events do not wait
+/// for an acknowledgement. A refusal only costs latency or patience.
+fn tune(socket: BorrowedFd<'_>, settings: &Settings) {
+    let socket = socket2::SockRef::from(&socket);
+    socket.set_tcp_nodelay(true).ok();
+    let keepalive = settings.tcp_keepalive_secs;
+    if keepalive > 0 {
+        let every = (keepalive / u64::from(KEEPALIVE_PROBES)).max(1);
+        let probes = socket2::TcpKeepalive::new()
+            .with_time(Duration::from_secs(keepalive))
+            .with_interval(Duration::from_secs(every))
+            .with_retries(KEEPALIVE_PROBES);
+        socket.set_tcp_keepalive(&probes).ok();
+    }
+    if settings.tcp_user_timeout_secs > 0 {
+        socket.set_tcp_user_timeout(Some(Duration::from_secs(settings.tcp_user_timeout_secs))).ok();
+    }
+}
+
 fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
-    // small heads and events must not wait for an acknowledgement; a refusal only costs latency
-    stream.set_nodelay(true).ok();
     let fd = stream.as_raw_fd();
     let (read, write) = stream.into_split();
     (ReadHalf { half: read, fd }, WriteHalf { half: write, fd })
@@ -213,15 +288,23 @@ fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
 ///
 /// # Cancellation
 /// The attempt is given up; nothing leaks.
-pub async fn connect(address: SocketAddr) -> io::Result<(ReadHalf, WriteHalf)> {
-    Ok(split(TcpStream::connect_addr(address).await?))
+pub async fn connect(address: SocketAddr, settings: &Settings) -> io::Result<(ReadHalf, WriteHalf)> {
+    let stream = TcpStream::connect_addr(address).await?;
+    // SAFETY: the descriptor lives as long as the stream, which outlives the call.
+    tune(unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) }, settings);
+    Ok(split(stream))
 }
 
-/// Binds one listener for each of `count` shards to the same port; port 0 takes a free one.
+/// Binds one listener for each of `count` shards to the same port; port 0 takes a free one. What `settings` say is
+/// set on the listeners, from which Linux gives it to every accepted socket.
 ///
 /// # Errors
 /// The kernel's, with the address in its text.
-pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+pub fn listen(
+    address: SocketAddr,
+    count: usize,
+    settings: &Settings,
+) -> io::Result<Vec<std::net::TcpListener>> {
     let cannot =
         |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
     if address.port() != 0 {
@@ -232,6 +315,7 @@ pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::Tcp
     let mut address = address;
     for _ in 0..count {
         let listener = bind(address, true).map_err(cannot)?;
+        tune(listener.as_fd(), settings);
         listener.listen(BACKLOG).map_err(cannot)?;
         let listener: std::net::TcpListener = listener.into();
         address = listener.local_addr()?;

@@ -3,6 +3,10 @@
 //! An exchange passes through many phases, each with a limit, and nearly none is ever reached. So a limit is
 //! one store into a cell; a shard looks at all its cells ten times a second and wakes the tasks whose time is
 //! over. Limits are late by up to [`TICK_MS`], which none of them minds.
+//!
+//! Phases may lie within each other and beside each other: each knows its own deadline, and the watch keeps the
+//! earliest of them, for the wake-up alone. A phase that has ended may leave its deadline behind; that costs one
+//! needless wake-up.
 
 use std::{
     cell::{Cell, RefCell},
@@ -50,17 +54,39 @@ impl ShardClock {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Elapsed;
 
-/// The limit of the phase that one task is in.
+/// What besides its time ends a phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// Nothing.
+    InTime,
+    /// Draining: nobody waits for anything in it.
+    Drained,
+    /// Everything being cut: there is something to be said before the end.
+    Cut,
+}
+
+/// How long a task that has something to say may live on after everything was cut, in milliseconds.
+const PARTING_MS: u64 = 1000;
+
+/// The limits of the phases that one task is in.
 #[derive(Debug)]
 pub struct Watch {
     clock: Rc<ShardClock>,
-    /// `Millis::MAX` while there is no limit.
+    /// When the task is woken at the latest: not after the earliest deadline of its phases. `Millis::MAX` while
+    /// there is none.
     deadline: Cell<Millis>,
+    /// When every phase ends, whatever its own limit; `Millis::MAX` while there is no such limit.
+    total: Cell<Millis>,
+    /// Phases that were found waiting; wraps around.
+    waits: Cell<u32>,
+    /// Whether the task says something before it ends when everything is cut.
+    parting: Cell<bool>,
     /// Whether draining ends the phase at once.
     idle: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     draining: Rc<Cell<bool>>,
-    cut: Rc<Cell<bool>>,
+    /// When everything was cut; `Millis::MAX` until then.
+    cut: Rc<Cell<Millis>>,
     /// The client's socket, while nothing is read from it.
     unread: Cell<Option<RawFd>>,
     /// The client went away while nothing was read from it.
@@ -91,18 +117,48 @@ impl Watch {
 
     /// Whether the task must end at once: everything is cut, or its client has gone unnoticed.
     pub fn is_cut(&self) -> bool {
-        self.cut.get() || self.gone.get()
+        if self.gone.get() {
+            return true;
+        }
+        let cut = self.cut.get();
+        cut != Millis::MAX && (!self.parting.get() || self.clock.now() >= cut.saturating_add(PARTING_MS))
+    }
+
+    /// Whether the task is given a moment to say something when everything is cut; a phase of
+    /// [`Watch::stream_until`] tells it then.
+    pub fn set_parting(&self, parting: bool) {
+        self.parting.set(parting);
+    }
+
+    /// Whether everything was cut, and what is still to be said must be said now.
+    pub fn is_ending(&self) -> bool {
+        self.cut.get() != Millis::MAX
+    }
+
+    /// From now on every phase ends in `millis` milliseconds at the latest; 0 takes that limit away.
+    pub fn set_total(&self, millis: u64) {
+        self.total.set(self.deadline_in(millis));
+    }
+
+    /// Whether the limit of [`Watch::set_total`] is over.
+    pub fn is_total_over(&self) -> bool {
+        self.clock.now() >= self.total.get()
+    }
+
+    /// Changes whenever a phase has to wait: a task in which it never does keeps the shard for itself.
+    pub fn waits(&self) -> u32 {
+        self.waits.get()
     }
 
     /// Runs `phase` for at most `millis` milliseconds; 0 is no limit.
     ///
     /// # Errors
-    /// [`Elapsed`] when the time is over.
+    /// [`Elapsed`] when the time is over, or that of [`Watch::set_total`].
     ///
     /// # Cancellation
     /// As `phase`.
     pub fn limit<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
-        Limited { watch: self, deadline: self.deadline_in(millis), idle: false, phase }
+        self.phase(self.deadline_in(millis), Ends::InTime, phase)
     }
 
     /// As [`Watch::limit`], and draining ends the phase too: nobody waits for anything in it.
@@ -113,15 +169,47 @@ impl Watch {
     /// # Cancellation
     /// As `phase`.
     pub fn idle<T, F: Future<Output = T>>(&self, millis: u64, phase: F) -> Limited<'_, F> {
-        Limited { watch: self, deadline: self.deadline_in(millis), idle: true, phase }
+        self.phase(self.deadline_in(millis), Ends::Drained, phase)
     }
 
-    fn deadline_in(&self, millis: u64) -> Millis {
+    /// Runs `phase` until `deadline` at most, or until everything is cut.
+    ///
+    /// # Errors
+    /// [`Elapsed`] at the deadline, when the time of [`Watch::set_total`] is over, and when everything is cut.
+    ///
+    /// # Cancellation
+    /// As `phase`.
+    pub fn stream_until<T, F: Future<Output = T>>(&self, deadline: Millis, phase: F) -> Limited<'_, F> {
+        self.phase(deadline, Ends::Cut, phase)
+    }
+
+    fn phase<F>(&self, deadline: Millis, ends: Ends, phase: F) -> Limited<'_, F> {
+        Limited { watch: self, deadline: deadline.min(self.total.get()), ends, phase }
+    }
+
+    /// The moment `millis` milliseconds from now; 0 is never.
+    pub fn deadline_in(&self, millis: u64) -> Millis {
         if millis == 0 { Millis::MAX } else { self.clock.now().saturating_add(millis) }
     }
 
-    fn over(&self) -> bool {
-        self.clock.now() >= self.deadline.get() || self.idle.get() && self.draining.get()
+    /// Whether `deadline` has come.
+    pub fn is_over(&self, deadline: Millis) -> bool {
+        self.clock.now() >= deadline
+    }
+
+    fn wake_by(&self, deadline: Millis) {
+        if deadline < self.deadline.get() {
+            self.deadline.set(deadline);
+        }
+    }
+
+    /// Whether the task has to look at its limits. Its phases say anew when they are to be looked at again.
+    fn is_due(&self) -> bool {
+        let over = self.clock.now() >= self.deadline.get();
+        if over {
+            self.deadline.set(Millis::MAX);
+        }
+        over || self.idle.get() && self.draining.get() || self.gone.get() || self.is_ending()
     }
 }
 
@@ -132,7 +220,7 @@ pin_project! {
     pub struct Limited<'a, F> {
         watch: &'a Watch,
         deadline: Millis,
-        idle: bool,
+        ends: Ends,
         #[pin]
         phase: F,
     }
@@ -143,15 +231,30 @@ impl<F: Future> Future for Limited<'_, F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
+        let watch = *this.watch;
+        let idle = *this.ends == Ends::Drained;
         if let Poll::Ready(value) = this.phase.poll(context) {
-            this.watch.deadline.set(Millis::MAX);
-            this.watch.idle.set(false);
+            if idle {
+                watch.idle.set(false);
+            }
             return Poll::Ready(Ok(value));
         }
-        this.watch.deadline.set(*this.deadline);
-        this.watch.idle.set(*this.idle);
-        this.watch.belongs_to(context.waker());
-        if this.watch.over() { Poll::Ready(Err(Elapsed)) } else { Poll::Pending }
+        watch.waits.set(watch.waits.get().wrapping_add(1));
+        let over = watch.is_over(*this.deadline)
+            || match this.ends {
+                Ends::InTime => false,
+                Ends::Drained => watch.draining.get(),
+                Ends::Cut => watch.is_ending(),
+            };
+        if idle {
+            watch.idle.set(!over);
+        }
+        if over {
+            return Poll::Ready(Err(Elapsed));
+        }
+        watch.wake_by(*this.deadline);
+        watch.belongs_to(context.waker());
+        Poll::Pending
     }
 }
 
@@ -160,14 +263,15 @@ impl<F: Future> Future for Limited<'_, F> {
 pub struct Watches {
     clock: Rc<ShardClock>,
     draining: Rc<Cell<bool>>,
-    cut: Rc<Cell<bool>>,
+    cut: Rc<Cell<Millis>>,
     watches: RefCell<Vec<Weak<Watch>>>,
 }
 
 impl Watches {
     /// None yet.
     pub fn new(clock: Rc<ShardClock>) -> Self {
-        Self { clock, draining: Rc::default(), cut: Rc::default(), watches: RefCell::default() }
+        let cut = Rc::new(Cell::new(Millis::MAX));
+        Self { clock, draining: Rc::default(), cut, watches: RefCell::default() }
     }
 
     /// A watch for one task, forgotten when dropped.
@@ -175,6 +279,9 @@ impl Watches {
         let watch = Rc::new(Watch {
             clock: self.clock.clone(),
             deadline: Cell::new(Millis::MAX),
+            total: Cell::new(Millis::MAX),
+            waits: Cell::new(0),
+            parting: Cell::new(false),
             idle: Cell::new(false),
             waker: RefCell::default(),
             draining: self.draining.clone(),
@@ -196,9 +303,11 @@ impl Watches {
         self.draining.set(true);
     }
 
-    /// From now on every task ends; all are woken by the next tick.
+    /// From now on every task ends, after its last words if it has any; all are woken by the next tick.
     pub fn cut(&self) {
-        self.cut.set(true);
+        if self.cut.get() == Millis::MAX {
+            self.cut.set(self.clock.now());
+        }
     }
 
     /// Takes the time and wakes whose limit is over. To be called every [`TICK_MS`].
@@ -207,8 +316,7 @@ impl Watches {
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
             watch.look();
-            let due = watch.over() || watch.is_cut();
-            if let (true, Some(waker)) = (due, watch.waker.borrow().as_ref()) {
+            if let (true, Some(waker)) = (watch.is_due(), watch.waker.borrow().as_ref()) {
                 waker.wake_by_ref();
             }
             true
@@ -261,6 +369,77 @@ mod tests {
         watches.drain();
         assert_eq!(poll(idle.as_mut()), Poll::Ready(Err(Elapsed)));
         assert_eq!(poll(busy.as_mut()), Poll::Pending);
+    }
+
+    #[test]
+    fn phases_within_and_beside_each_other_each_end_in_their_own_time() {
+        let watches = watches();
+        let watch = watches.watch();
+        let mut inner = pin!(watch.limit(50, pending::<()>()));
+        let mut outer = pin!(watch.limit(200, async {
+            assert_eq!(inner.as_mut().await, Err(Elapsed), "the inner one is over first");
+            pending::<()>().await;
+        }));
+        let mut beside = pin!(watch.limit(100, pending::<()>()));
+        let begin = watches.clock.now();
+        for (after, wanted) in [(0, 0), (49, 0), (50, 1), (99, 1), (100, 2), (200, 2)] {
+            watches.clock.now.set(begin + after);
+            let due = watch.is_due();
+            assert_eq!(due, [50, 100, 200].contains(&after), "woken after {after} ms");
+            let outer = poll(outer.as_mut());
+            assert_eq!(outer.is_ready(), after >= 200, "{after}");
+            if wanted < 2 || after == 100 {
+                assert_eq!(poll(beside.as_mut()).is_ready(), wanted == 2, "{after}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_limit_of_the_whole_ends_every_phase_and_can_be_taken_away() {
+        let watches = watches();
+        let watch = watches.watch();
+        watch.set_total(100);
+        let mut unlimited = pin!(watch.limit(0, pending::<()>()));
+        let mut long = pin!(watch.stream_until(Millis::MAX, pending::<()>()));
+        assert!(poll(unlimited.as_mut()).is_pending() && poll(long.as_mut()).is_pending());
+        assert!(!watch.is_total_over());
+        watches.clock.now.set(watches.clock.now() + 100);
+        assert!(watch.is_due() && watch.is_total_over());
+        assert_eq!(poll(unlimited.as_mut()), Poll::Ready(Err(Elapsed)));
+        assert_eq!(poll(long.as_mut()), Poll::Ready(Err(Elapsed)));
+        watch.set_total(0);
+        assert!(!watch.is_total_over());
+        assert!(poll(pin!(watch.limit(1, pending::<()>()))).is_pending());
+    }
+
+    #[test]
+    fn what_has_last_words_is_told_of_the_cut_and_lives_on_for_a_moment() {
+        let watches = watches();
+        let (silent, speaking) = (watches.watch(), watches.watch());
+        speaking.set_parting(true);
+        let mut stream = pin!(speaking.stream_until(Millis::MAX, pending::<()>()));
+        assert!(poll(stream.as_mut()).is_pending());
+        watches.cut();
+        assert!(silent.is_cut() && !speaking.is_cut());
+        assert!(silent.is_due() && speaking.is_due());
+        assert_eq!(poll(stream.as_mut()), Poll::Ready(Err(Elapsed)));
+        watches.clock.now.set(watches.clock.now() + PARTING_MS);
+        watches.cut();
+        assert!(speaking.is_cut(), "not for longer than that, however often everything is cut");
+    }
+
+    #[test]
+    fn u10_ten_minutes_of_silence_end_no_phase_without_a_limit() {
+        let watches = watches();
+        let watch = watches.watch();
+        watch.set_total(0);
+        let mut head = pin!(watch.limit(0, pending::<()>()));
+        let mut first_event = pin!(watch.stream_until(watch.deadline_in(0), pending::<()>()));
+        for _ in 0..600 {
+            watches.clock.now.set(watches.clock.now() + 1000);
+            assert!(!watch.is_due());
+            assert!(poll(head.as_mut()).is_pending() && poll(first_event.as_mut()).is_pending());
+        }
     }
 
     #[test]

@@ -62,9 +62,9 @@ impl<'a> Account<'a> {
         self.complete.set(true);
     }
 
-    /// The worker broke off after the answer had begun.
-    pub(super) fn broken(&self) {
-        self.status.set(502);
+    /// The answer broke off after it had begun, which is counted as this status.
+    pub(super) fn broken(&self, status: u16) {
+        self.status.set(status);
         self.complete.set(true);
     }
 }

@@ -11,7 +11,7 @@ use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
     http::{DownstreamHead, OutFraming, ResponseFraming, ResponseHead, UpstreamHead},
-    net::Buffer,
+    net::{Buffer, Elapsed},
     proxy::{
         account::Account,
         answer::{Wanted, receive},
@@ -19,9 +19,11 @@ use crate::{
         client::{After, Client},
         listener::Listener,
         relay::{Plan, Relayed, relay},
+        respond,
         retry::{Failure, Verdict},
         tunnel::tunnel,
     },
+    telemetry::metrics::Break,
     upstream::Connection,
     vllm,
     workers::{Demand, InFlight, Worker},
@@ -119,7 +121,11 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
         return Ok(connection);
     }
     // rare beside the exchanges on rested connections, which should not carry its state
-    Box::pin(cx.pool.open(worker, &client.outlet.watch)).await.map_err(Failure::Connect)
+    let watch = &client.outlet.watch;
+    Box::pin(cx.pool.open(worker, watch)).await.map_err(|error| {
+        // a time that is over says nothing of the worker
+        if watch.is_total_over() { Failure::TotalTime } else { Failure::Connect(error) }
+    })
 }
 
 /// Sends the request and relays its answer; both at once, because a worker may answer before it has read all.
@@ -141,21 +147,30 @@ async fn run(
     let extra = rank.as_ref().map_or(&[][..], |field| field);
     request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
-    let mut sending = pin!(maybe_done(body::send(cx, inbox, writer, head, body, chunked)));
+    let watch = outlet.watch.clone();
+    let mut sending = pin!(maybe_done(body::send(cx, inbox, &watch, writer, head, body, chunked)));
 
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
     let received = {
-        let receiving = pin!(receive(cx, outlet, reader, wanted, *reused));
-        alongside(sending.as_mut(), receiving).await
+        let limit = cx.settings.response_timeout_secs.saturating_mul(1000);
+        let receiving = pin!(watch.limit(limit, receive(cx, outlet, reader, wanted, *reused)));
+        alongside(sending.as_mut(), receiving, true).await
     };
+    let received = received.map(|received| received.unwrap_or_else(|Elapsed| Err(Failure::NoHead)));
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
+        Ok(Err(_)) if watch.is_total_over() => {
+            return Ran::over(Attempted::Failed(Failure::TotalTime, None));
+        }
         Ok(Err(failure)) => {
             if failure.verdict() != Verdict::GiveUp {
                 outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
             }
             return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
+        }
+        Err(Failure::Unread) if watch.is_total_over() => {
+            return Ran::over(Attempted::Refused(Failure::TotalTime));
         }
         Err(failure) => return Ran::over(Attempted::Refused(failure)),
     };
@@ -164,7 +179,7 @@ async fn run(
     if manner.other_kinds && body_sent && is_no_such_path(&outlet.answer) {
         return Ran::over(Attempted::Failed(Failure::NoSuchPath, kept(sending).map(Body::Whole)));
     }
-    let mut plan = Plan::of(outlet.answer.framing(), version);
+    let mut plan = Plan::of(outlet.answer.framing(), outlet.answer.is_event_stream(), version);
     let switched = outlet.answer.status() == 101;
     let step = if switched { None } else { plan.begin(&mut buffer) };
     if step.is_none() && !switched {
@@ -197,8 +212,10 @@ async fn run(
     };
     let relayed = {
         let listener = Listener::of(&outlet.answer, in_flight, manner.listens.then_some(account));
-        let relaying = pin!(relay(outlet, reader, plan, &answer_head, step, buffer, listener));
-        alongside(sending.as_mut(), relaying).await
+        watch.set_parting(plan.is_events());
+        let relaying =
+            pin!(relay(cx, outlet, &watch, reader, &mut plan, &answer_head, step, buffer, listener));
+        alongside(sending.as_mut(), relaying, false).await
     };
     outlet.scratch = answer_head;
     let Ok((relayed, buffer)) = relayed else {
@@ -209,18 +226,30 @@ async fn run(
     match relayed {
         Relayed::Complete { clean } => {
             account.complete();
+            if plan.is_erred() {
+                cx.metrics().broke(Break::WorkerError);
+            }
             let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
             let after = if keep_alive { After::KeepAlive } else { After::Linger };
             let reusable = clean && body_sent && outlet.answer.keep_alive();
             Ran::Over { attempted: Attempted::Answered(after), reusable }
         }
-        Relayed::Broken => {
-            worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+        Relayed::Broken(reason) => {
+            if matches!(reason, Break::WorkerBroke | Break::BadCoding) {
+                worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+            }
+            cx.metrics().broke(reason);
+            account.broken(respond::status_of(reason));
+            let endpoint = vllm::lookup(request.method(), request.path());
+            let events = respond::last_events(endpoint, reason);
+            if Box::pin(plan.tell(outlet, &events)).await {
+                let after = if keep_alive { After::KeepAlive } else { After::Linger };
+                return Ran::over(Attempted::Answered(after));
+            }
             if closes {
                 // only a reset tells that this is not the end of the answer
                 outlet.writer.break_off();
             }
-            account.broken();
             Ran::over(Attempted::Answered(After::Close))
         }
         Relayed::ClientGone => Ran::over(Attempted::Answered(After::Close)),
@@ -245,18 +274,25 @@ fn kept<F: Future<Output = Sent>>(sending: Pin<&mut MaybeDone<F>>) -> Option<Buf
 /// Runs `main` to its end, and `sending` beside it for as long.
 ///
 /// # Errors
-/// The client's fault, if sending found one: `main` is dropped then.
+/// The client's fault, if sending found one; and while an answer is `awaited`, that the worker does not read. `main`
+/// is dropped then.
 ///
 /// # Cancellation
 /// As both.
 async fn alongside<F: Future<Output = Sent>, T>(
     mut sending: Pin<&mut MaybeDone<F>>,
     mut main: Pin<&mut impl Future<Output = T>>,
+    awaited: bool,
 ) -> Result<T, Failure> {
     poll_fn(|context| {
-        let sent = sending.as_mut().poll(context).is_ready();
-        if let (true, Some(Sent::ClientFault(failure))) = (sent, sending.as_mut().output_mut()) {
-            return Poll::Ready(Err(std::mem::replace(failure, Failure::ClientGone)));
+        if sending.as_mut().poll(context).is_ready() {
+            match sending.as_mut().output_mut() {
+                Some(Sent::ClientFault(failure)) => {
+                    return Poll::Ready(Err(std::mem::replace(failure, Failure::ClientGone)));
+                }
+                Some(Sent::Unread) if awaited => return Poll::Ready(Err(Failure::Unread)),
+                _ => {}
+            }
         }
         main.as_mut().poll(context).map(Ok)
     })

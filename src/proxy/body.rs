@@ -4,8 +4,9 @@
 //! trailers must not reach a worker (`faults.md` §2.1), so the framing is ours from here on.
 
 use crate::{
+    base::Millis,
     http::{ChunkTracker, RequestFraming, chunk_head},
-    net::{Buffer, Watch, WriteHalf},
+    net::{Buffer, Elapsed, Watch, WriteHalf},
     proxy::{
         client::{Client, grow},
         context::{Context, HEADROOM, LARGE_BYTES},
@@ -22,6 +23,9 @@ const TRUSTED_BYTES: usize = 1 << 20;
 
 /// Bytes of a chunked body that are read at a time: what follows its end is copied.
 const CHUNKED_BYTES: usize = 256 * 1024;
+
+/// A client may be slow for so long before the rate of its body counts, in milliseconds.
+const RATE_AFTER_MS: Millis = 30_000;
 
 /// A request's body, decoded.
 #[derive(Debug)]
@@ -40,6 +44,7 @@ pub(super) struct Streaming {
     rest: Rest,
     /// Bytes of the body that have arrived.
     received: u64,
+    rate: Rate,
 }
 
 #[derive(Debug)]
@@ -100,6 +105,7 @@ async fn read_framed(
 ) -> Result<Body, Failure> {
     let limit = client.cx.settings.max_body_bytes;
     let too_large = Failure::BodyTooLarge { limit };
+    let mut rate = Rate::default();
     match client.request.framing() {
         RequestFraming::Length(0) => {
             client.inbox.put_back(buffer.filled());
@@ -133,14 +139,15 @@ async fn read_framed(
                 if enough(buffer.filled()) {
                     let received = buffer.len() as u64;
                     let rest = Rest::Length(left as u64);
-                    return Ok(Body::Streaming(Box::new(Streaming { first: buffer, rest, received })));
+                    let streaming = Streaming { first: buffer, rest, received, rate };
+                    return Ok(Body::Streaming(Box::new(streaming)));
                 }
                 buffer.limit_spare(left);
                 if buffer.spare() == 0 {
                     buffer = grow(buffer, length + TAILROOM);
                     buffer.limit_spare(left);
                 }
-                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
+                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer, &mut rate).await?;
             }
         }
         RequestFraming::Chunked => {
@@ -158,7 +165,8 @@ async fn read_framed(
                 if decoded > 0 && enough(buffer.filled()) {
                     let received = decoded as u64;
                     let rest = Rest::Chunked(tracker);
-                    return Ok(Body::Streaming(Box::new(Streaming { first: buffer, rest, received })));
+                    let streaming = Streaming { first: buffer, rest, received, rate };
+                    return Ok(Body::Streaming(Box::new(streaming)));
                 }
                 buffer.limit_spare(CHUNKED_BYTES);
                 if buffer.spare() == 0 {
@@ -166,7 +174,7 @@ async fn read_framed(
                     buffer = grow(buffer, most);
                     buffer.limit_spare(CHUNKED_BYTES);
                 }
-                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer).await?;
+                buffer = more(client.cx, client.inbox, &client.outlet.watch, buffer, &mut rate).await?;
             }
         }
     }
@@ -190,10 +198,41 @@ fn decode(
     Ok(result.done)
 }
 
-async fn more(cx: &Context, inbox: &Inbox, watch: &Watch, buffer: Buffer) -> Result<Buffer, Failure> {
+/// How fast a client sends a body: only the time in which it was waited for counts.
+#[derive(Debug, Default)]
+struct Rate {
+    waited_ms: Millis,
+    bytes: u64,
+}
+
+impl Rate {
+    /// Whether `bytes` more in `waited_ms` more are too few for `least` bytes a second in the mean. The first
+    /// [`RATE_AFTER_MS`] are everybody's.
+    fn is_too_low(&mut self, waited_ms: Millis, bytes: usize, least: u64) -> bool {
+        self.waited_ms = self.waited_ms.saturating_add(waited_ms);
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        self.waited_ms > RATE_AFTER_MS
+            && self.bytes.saturating_mul(1000) < least.saturating_mul(self.waited_ms)
+    }
+}
+
+async fn more(
+    cx: &Context,
+    inbox: &Inbox,
+    watch: &Watch,
+    buffer: Buffer,
+    rate: &mut Rate,
+) -> Result<Buffer, Failure> {
     let limit = cx.settings.body_timeout_secs.saturating_mul(1000);
+    let (began, len) = (cx.clock.now(), buffer.len());
     match watch.limit(limit, inbox.more(buffer)).await {
-        Ok(Ok(buffer)) => Ok(buffer),
+        Ok(Ok(buffer)) => {
+            let waited = cx.clock.now().saturating_sub(began);
+            match rate.is_too_low(waited, buffer.len() - len, cx.settings.body_min_rate_bytes) {
+                true => Err(Failure::Late),
+                false => Ok(buffer),
+            }
+        }
         Ok(Err(Gone)) => Err(Failure::ClientGone),
         Err(_) => Err(Failure::Late),
     }
@@ -222,6 +261,8 @@ pub(super) enum Sent {
     Broken(Option<Buffer>),
     /// The client did not send a legal body to its end; the attempt must not be completed.
     ClientFault(Failure),
+    /// The worker has read nothing for `--worker-write-timeout-secs`, or the request's time is over.
+    Unread,
 }
 
 /// Sends `head` and `body`, head and what is there of the body in one write where the headroom allows.
@@ -231,6 +272,7 @@ pub(super) enum Sent {
 pub(super) async fn send(
     cx: &Context,
     inbox: &Inbox,
+    watch: &Watch,
     writer: &mut WriteHalf,
     head: &[u8],
     body: Body,
@@ -239,7 +281,8 @@ pub(super) async fn send(
     match body {
         Body::Whole(buffer) => {
             let len = buffer.len();
-            let (result, mut buffer) = write_with_head(writer, head, buffer).await;
+            let written = write_with_head(cx, watch, writer, head, buffer).await;
+            let Ok((result, mut buffer)) = written else { return Sent::Unread };
             buffer.advance(buffer.len() - len);
             match result {
                 Ok(()) => Sent::Complete(Some(buffer)),
@@ -248,36 +291,48 @@ pub(super) async fn send(
         }
         Body::Streaming(streaming) => {
             // rare and large: the many exchanges without it should not carry its state
-            Box::pin(stream(cx, inbox, writer, head, *streaming, chunked)).await
+            Box::pin(stream(cx, inbox, watch, writer, head, *streaming, chunked)).await
         }
     }
 }
 
 async fn write_with_head(
+    cx: &Context,
+    watch: &Watch,
     writer: &mut WriteHalf,
     head: &[u8],
     mut body: Buffer,
-) -> (std::io::Result<()>, Buffer) {
+) -> Result<(std::io::Result<()>, Buffer), Elapsed> {
     if !body.prepend(head) {
-        let (result, _) = writer.write_all(Buffer::from_slice(head)).await;
+        let (result, _) = write(cx, watch, writer, Buffer::from_slice(head)).await?;
         if result.is_err() {
-            return (result, body);
+            return Ok((result, body));
         }
     }
-    writer.write_all(body).await
+    write(cx, watch, writer, body).await
+}
+
+/// Writes all of `buffer` to a worker.
+fn write<'a>(
+    cx: &Context,
+    watch: &'a Watch,
+    writer: &'a mut WriteHalf,
+    buffer: Buffer,
+) -> impl Future<Output = Result<(std::io::Result<()>, Buffer), Elapsed>> + use<'a> {
+    let limit = cx.settings.worker_write_timeout_secs.saturating_mul(1000);
+    writer.write_all_within(buffer, watch, limit)
 }
 
 async fn stream(
     cx: &Context,
     inbox: &Inbox,
+    watch: &Watch,
     writer: &mut WriteHalf,
     head: &[u8],
     streaming: Streaming,
     chunked: bool,
 ) -> Sent {
-    let Streaming { mut first, mut rest, mut received } = streaming;
-    // the limit of the client's watch belongs to the answer, which may come at the same time
-    let watch = cx.watches.watch();
+    let Streaming { mut first, mut rest, mut received, mut rate } = streaming;
     let mut framed = Vec::with_capacity(head.len() + 20);
     framed.extend_from_slice(head);
     // between two chunks stands the line end of the first
@@ -288,7 +343,8 @@ async fn stream(
     if first.is_empty() {
         first = Buffer::new(HEADROOM, LARGE_BYTES);
     }
-    let (mut result, mut buffer) = write_with_head(writer, &framed, first).await;
+    let written = write_with_head(cx, watch, writer, &framed, first).await;
+    let Ok((mut result, mut buffer)) = written else { return Sent::Unread };
     loop {
         if result.is_err() {
             return Sent::Broken(None);
@@ -298,7 +354,7 @@ async fn stream(
         }
         buffer.reset(HEADROOM);
         let done;
-        (done, buffer) = match next(cx, inbox, &watch, buffer, &mut rest, &mut received).await {
+        (done, buffer) = match next(cx, inbox, watch, buffer, &mut rest, &mut received, &mut rate).await {
             Ok(next) => next,
             Err(failure) => return Sent::ClientFault(failure),
         };
@@ -315,7 +371,9 @@ async fn stream(
             }
         }
         if !buffer.is_empty() {
-            (result, buffer) = writer.write_all(buffer).await;
+            let written = write(cx, watch, writer, buffer).await;
+            let Ok(written) = written else { return Sent::Unread };
+            (result, buffer) = written;
         }
         if done {
             inbox.watch();
@@ -339,19 +397,20 @@ async fn next(
     mut buffer: Buffer,
     rest: &mut Rest,
     received: &mut u64,
+    rate: &mut Rate,
 ) -> Result<(bool, Buffer), Failure> {
     match rest {
         Rest::Length(0) => Ok((true, buffer)),
         Rest::Length(left) => {
             buffer.limit_spare(usize::try_from(*left).unwrap_or(usize::MAX));
-            buffer = more(cx, inbox, watch, buffer).await?;
+            buffer = more(cx, inbox, watch, buffer, rate).await?;
             *left = left.saturating_sub(buffer.len() as u64);
             Ok((*left == 0, buffer))
         }
         Rest::Chunked(tracker) => {
             // room for the end of our own framing
             buffer.limit_spare(buffer.spare().saturating_sub(16));
-            buffer = more(cx, inbox, watch, buffer).await?;
+            buffer = more(cx, inbox, watch, buffer, rate).await?;
             let mut decoded = 0;
             let done = decode(tracker, inbox, &mut buffer, &mut decoded)?;
             *received += decoded as u64;
@@ -361,5 +420,23 @@ async fn next(
             }
             Ok((done, buffer))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c11_a_byte_now_and_then_is_too_slow_and_a_pause_alone_is_not() {
+        let mut dripping = Rate::default();
+        assert!(!dripping.is_too_low(29_000, 1, 100), "nobody is late within the first half minute");
+        assert!(dripping.is_too_low(29_000, 1, 100));
+        let mut steady = Rate::default();
+        assert!((0..600).all(|_| !steady.is_too_low(1000, 100, 100)), "exactly as fast as it must be");
+        let mut pausing = Rate::default();
+        assert!(!pausing.is_too_low(0, 1_000_000, 100));
+        assert!((0..10).all(|_| !pausing.is_too_low(29_000, 1, 100)), "what came before counts");
+        assert!((0..10).all(|_| !Rate::default().is_too_low(Millis::MAX, 0, 0)), "0 is no limit");
     }
 }

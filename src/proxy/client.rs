@@ -4,7 +4,7 @@ use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use crate::{
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
-    net::{Buffer, ReadHalf, Watch, WriteHalf, contain},
+    net::{Buffer, Elapsed, ReadHalf, Watch, WriteHalf, contain},
     proxy::{
         context::{Context, HEADROOM},
         exchange::exchange,
@@ -12,13 +12,16 @@ use crate::{
         respond::{self, Answer},
         retry::Failure,
     },
+    telemetry::metrics::Break,
 };
 
-/// After an answer that ends the connection, what the client still sends is read for this long, and no
-/// further than [`LINGER_BYTES`]: closing with unread bytes would reset the connection and destroy the answer
-/// on its way (RFC 9112 §9.6).
-const LINGER_MS: u64 = 2000;
-const LINGER_BYTES: usize = 1 << 20;
+/// After an answer that ends the connection, what the client still sends is read and thrown away: closing with unread
+/// bytes would reset the connection and destroy the answer on its way (RFC 9112 §9.6), and many clients (Python's
+/// `http.client` among them) look for an answer only when all of their request is sent. Until the client pauses for
+/// this long, for no longer than [`LINGER_MS`] and no further than [`LINGER_BYTES`].
+const LINGER_PAUSE_MS: u64 = 2000;
+const LINGER_MS: u64 = 10_000;
+const LINGER_BYTES: usize = 64 << 20;
 
 /// Bytes for heads that a connection keeps between exchanges at most.
 const RETAINED_BYTES: usize = 16 * 1024;
@@ -102,7 +105,14 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
     let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
     loop {
         let after = match client.read_head().await {
-            Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
+            Ok(Some(rest)) => {
+                let total = cx.settings.request_timeout_secs.saturating_mul(1000);
+                client.outlet.watch.set_total(total);
+                let after = Box::pin(exchange(&mut client, rest)).await;
+                client.outlet.watch.set_total(0);
+                client.outlet.watch.set_parting(false);
+                after
+            }
             Ok(None) => After::Close,
             Err(failure) => Box::pin(client.refuse(&failure)).await,
         };
@@ -170,6 +180,8 @@ impl Client<'_> {
 
     /// Sends an answer of ours.
     pub(super) async fn answer(&mut self, answer: &Answer) -> After {
+        // what is sent because the time is over is sent nevertheless
+        self.outlet.watch.set_total(0);
         let keep_alive = !answer.close
             && self.inbox.request_read()
             && self.request.keep_alive()
@@ -193,11 +205,12 @@ impl Client<'_> {
         let deadline = self.cx.clock.now() + LINGER_MS;
         let mut read = 0;
         while read < LINGER_BYTES {
-            let left = deadline.saturating_sub(self.cx.clock.now());
+            let left = deadline.saturating_sub(self.cx.clock.now()).min(LINGER_PAUSE_MS);
             if left == 0 {
                 return;
             }
-            let Ok(Ok(buffer)) = self.outlet.watch.limit(left, self.inbox.next()).await else { return };
+            let into = self.cx.buffers.large();
+            let Ok(Ok(buffer)) = self.outlet.watch.limit(left, self.inbox.more(into)).await else { return };
             read += buffer.len();
             self.cx.buffers.recycle(buffer);
         }
@@ -212,12 +225,17 @@ impl Outlet<'_> {
     pub(super) async fn send(&mut self, buffer: Buffer) -> Result<Buffer, Gone> {
         let len = buffer.len();
         let limit = self.cx.settings.write_timeout_secs.saturating_mul(1000);
-        match self.watch.limit(limit, self.writer.write_all(buffer)).await {
+        match self.writer.write_all_within(buffer, &self.watch, limit).await {
             Ok((Ok(()), buffer)) => {
                 self.cx.metrics().bytes_out(len as u64);
                 Ok(buffer)
             }
-            Ok((Err(_), _)) | Err(_) => Err(Gone),
+            Ok((Err(_), _)) => Err(Gone),
+            Err(Elapsed) => {
+                let total = self.watch.is_total_over();
+                self.cx.metrics().broke(if total { Break::TotalTimeout } else { Break::SlowClient });
+                Err(Gone)
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     base::{Clock, Date},
-    net::{Buffer, ShardClock, Watches},
+    net::{self, Buffer, ShardClock, Watches},
     proxy::Settings,
     routing::{Needs, Router, Shared, Terms},
     telemetry::metrics::{Metrics, ShardMetrics},
@@ -37,6 +37,8 @@ pub struct Parts {
     pub settings: Settings,
     /// Connections to workers.
     pub upstream: upstream::Settings,
+    /// TCP of the connections to workers.
+    pub net: net::Settings,
     /// The process's clock.
     pub clock: Clock,
     /// Where the newest fleet is.
@@ -85,7 +87,7 @@ impl Context {
         let clock = Rc::new(ShardClock::new(parts.clock));
         let router = Router::new(&parts.routing);
         Self {
-            pool: Pool::new(&parts.upstream, clock.clone()),
+            pool: Pool::new(&parts.upstream, parts.net, clock.clone()),
             watches: Watches::new(clock.clone()),
             clock,
             settings: parts.settings,

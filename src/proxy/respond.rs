@@ -8,8 +8,8 @@ use crate::{
     base::Millis,
     http::RequestError,
     proxy::retry::Failure,
-    telemetry::metrics::Refusal,
-    vllm::{ErrorShape, Local, errors},
+    telemetry::metrics::{Break, Refusal},
+    vllm::{Endpoint, ErrorShape, Local, errors},
     workers::{Fleet, Standing},
 };
 
@@ -119,6 +119,29 @@ pub(super) fn unknown_model(shape: ErrorShape, name: &str, fleet: &Fleet) -> Ans
     Answer::json(404, errors::unknown_model(shape, name, fleet.valid_names()))
 }
 
+/// The status that is counted for an answer that broke off, and the code in the event that says so.
+pub(super) fn status_of(reason: Break) -> u16 {
+    match reason {
+        Break::IdleTimeout | Break::TotalTimeout => 504,
+        Break::Draining => 503,
+        Break::WorkerBroke | Break::BadCoding | Break::SlowClient | Break::WorkerError => 502,
+    }
+}
+
+/// The events with which a stream ends that broke off.
+pub(super) fn last_events(endpoint: &Endpoint, reason: Break) -> Vec<u8> {
+    let message = match reason {
+        Break::IdleTimeout => "The worker has sent nothing for too long.",
+        Break::TotalTimeout => "The request took longer than it may.",
+        Break::Draining => "The proxy is shutting down. Please try again.",
+        Break::BadCoding => "The worker's answer is malformed from here on.",
+        Break::WorkerBroke | Break::SlowClient | Break::WorkerError => {
+            "The worker broke off its answer. Please try again."
+        }
+    };
+    errors::stream(endpoint, message, status_of(reason))
+}
+
 /// The answer to a failure, and the reason that is counted; `None` when there is nobody to answer.
 pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
     Some(match failure {
@@ -136,6 +159,12 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
             );
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
             (answer, Refusal::NoWorker)
+        }
+        Failure::NoHead | Failure::Unread => {
+            (Answer::error(504, &format!("The worker failed: {failure}.")), Refusal::WorkerTimeout)
+        }
+        Failure::TotalTime => {
+            (Answer::error(504, "The request took longer than it may."), Refusal::RequestTimeout)
         }
         Failure::NoAnswer { .. }
         | Failure::BadAnswer(_)

@@ -45,6 +45,15 @@ pub(super) enum Failure {
         /// Whether an exchange had ended on this connection before.
         reused: bool,
     },
+    /// The head of the answer did not come within `--response-timeout-secs`.
+    #[error("the answer did not begin in time")]
+    NoHead,
+    /// The worker did not read the request for `--worker-write-timeout-secs`.
+    #[error("the request was not read")]
+    Unread,
+    /// `--request-timeout-secs` are over.
+    #[error("the request took too long")]
+    TotalTime,
     /// The answer is no legal HTTP/1.1.
     #[error("the answer is not legal HTTP: {0}")]
     BadAnswer(ResponseError),

@@ -25,6 +25,10 @@ pub(super) async fn tunnel(
     first: Buffer,
 ) {
     let Connection { reader, writer, .. } = connection;
+    // a conversation takes as long as it takes
+    outlet.watch.set_total(0);
+    let watch = outlet.watch.clone();
+    let limit = cx.settings.worker_write_timeout_secs.saturating_mul(1000);
     let mut down = pin!(async {
         let mut buffer = Buffer::new(head.len(), first.len() + LARGE_BYTES);
         buffer.append(first.filled());
@@ -42,10 +46,8 @@ pub(super) async fn tunnel(
     });
     let mut up = pin!(async {
         while let Ok(buffer) = inbox.next().await {
-            let (result, buffer) = writer.write_all(buffer).await;
-            if result.is_err() {
-                return;
-            }
+            let written = writer.write_all_within(buffer, &watch, limit).await;
+            let Ok((Ok(()), buffer)) = written else { return };
             cx.buffers.recycle(buffer);
         }
     });

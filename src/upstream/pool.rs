@@ -8,7 +8,7 @@ use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::O
 
 use crate::{
     base::Millis,
-    net::{Buffer, ReadAhead, ShardClock, Watch, WriteHalf, connect},
+    net::{self, Buffer, ReadAhead, ShardClock, Watch, WriteHalf, connect},
     upstream::Settings,
     workers::Worker,
 };
@@ -38,6 +38,7 @@ struct Idle {
 pub struct Pool {
     connect_ms: u64,
     idle_ms: Millis,
+    net: net::Settings,
     size: usize,
     clock: Rc<ShardClock>,
     /// Indexed by [`Worker::id`]; oldest first.
@@ -46,10 +47,11 @@ pub struct Pool {
 
 impl Pool {
     /// An empty pool.
-    pub fn new(settings: &Settings, clock: Rc<ShardClock>) -> Self {
+    pub fn new(settings: &Settings, net: net::Settings, clock: Rc<ShardClock>) -> Self {
         Self {
             connect_ms: settings.connect_timeout_secs.saturating_mul(1000),
             idle_ms: settings.pool_idle_timeout_secs.saturating_mul(1000),
+            net,
             size: settings.pool_size,
             clock,
             idle: RefCell::default(),
@@ -128,7 +130,8 @@ impl Pool {
         for n in 0..count {
             let peer = addresses.list[(turn + n) % count];
             let late = || io::Error::new(io::ErrorKind::TimedOut, "connecting took too long");
-            match watch.limit(self.connect_ms, connect(peer)).await.unwrap_or_else(|_| Err(late())) {
+            match watch.limit(self.connect_ms, connect(peer, &self.net)).await.unwrap_or_else(|_| Err(late()))
+            {
                 Ok((reader, writer)) => {
                     let reader = ReadAhead::new(reader);
                     let generation = addresses.generation;

@@ -2,7 +2,7 @@
 //!
 //! Starlette's `JSONResponse` is compact, keeps the order of keys and does not escape what is not ASCII.
 
-use crate::vllm::{ErrorShape, facts::json_string};
+use crate::vllm::{Endpoint, ErrorShape, facts::json_string};
 
 /// Body, with `text/plain; charset=utf-8`, of the 400 for bytes that are no HTTP (uvicorn).
 pub const INVALID_REQUEST_TEXT: &str = "Invalid HTTP request received.";
@@ -65,6 +65,30 @@ pub fn detail(text: &str) -> Vec<u8> {
     let mut out = b"{\"detail\":".to_vec();
     json_string(&mut out, text);
     out.push(b'}');
+    out
+}
+
+/// The events with which a stream ends that has failed, as vLLM ends its own: an error and `[DONE]`, written by
+/// Python's `json.dumps` with blanks after its colons and commas (`create_streaming_error_response` of
+/// `entrypoints/generate/base/serving.py`). Anthropic's messages and OpenAI's responses have an event named `error`
+/// and no `[DONE]`; the latter is numbered 0, since where a stream broke off its numbers are not known.
+pub fn stream(endpoint: &Endpoint, message: &str, code: u16) -> Vec<u8> {
+    let mut out = Vec::with_capacity(256);
+    if endpoint.error_shape == ErrorShape::Anthropic {
+        out.extend_from_slice(b"event: error\ndata: ");
+        out.extend_from_slice(&anthropic(message, "internal_error"));
+        out.extend_from_slice(b"\n\n");
+    } else if endpoint.path.starts_with("/v1/responses") {
+        out.extend_from_slice(format!("event: error\ndata: {{\"code\":\"{code}\",\"message\":").as_bytes());
+        json_string(&mut out, message);
+        out.extend_from_slice(b",\"param\":null,\"sequence_number\":0,\"type\":\"error\"}\n\n");
+    } else {
+        out.extend_from_slice(b"data: {\"error\": {\"message\": ");
+        json_string(&mut out, message);
+        let rest = format!(", \"type\": \"InternalServerError\", \"param\": null, \"code\": {code}}}}}\n\n");
+        out.extend_from_slice(rest.as_bytes());
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
     out
 }
 
@@ -282,6 +306,36 @@ mod tests {
         assert_eq!(
             body(ErrorShape::Cohere),
             r#"{"message":"The model `é\"` does not exist. Valid aliases: a, b."}"#
+        );
+    }
+
+    #[test]
+    fn a_broken_stream_ends_as_the_golden_one_does() {
+        let golden = golden::case("py-0.32-overload/stream_kill");
+        let message = "EngineCore encountered an issue. See stack trace (above) for the root cause.";
+        let events = stream(lookup("POST", "/v1/chat/completions"), message, 500);
+        let mut body = golden.answer_body().to_vec();
+        let decoded = crate::http::ChunkTracker::new().decode(&mut body).unwrap();
+        let end = &body[decoded.data - events.len()..decoded.data];
+        assert_eq!(end.escape_ascii().to_string(), events.escape_ascii().to_string());
+    }
+
+    #[test]
+    fn a_broken_stream_ends_in_the_words_of_its_api() {
+        let text = |path| String::from_utf8(stream(lookup("POST", path), "a \"b\"", 502)).unwrap();
+        let done = "data: {\"error\": {\"message\": \"a \\\"b\\\"\", \"type\": \"InternalServerError\", \"param\": null, \"code\": 502}}\n\ndata: [DONE]\n\n";
+        assert_eq!(text("/v1/completions"), done);
+        assert_eq!(text("/nobody/knows"), done);
+        assert_eq!(
+            text("/v1/messages"),
+            "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"internal_error\",\"message\":\"a \\\"b\\\"\"}}\n\n"
+        );
+        let responses = text("/v1/responses");
+        let data = responses.strip_prefix("event: error\ndata: ").unwrap().strip_suffix("\n\n").unwrap();
+        let json: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({"code": "502", "message": "a \"b\"", "param": null, "sequence_number": 0, "type": "error"})
         );
     }
 

@@ -7,7 +7,9 @@ use prometheus_client::{
     metrics::MetricType,
 };
 
-use super::{Ejection, ProbeVerdict, Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample};
+use super::{
+    Break, Ejection, ProbeVerdict, Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample,
+};
 
 /// What kind of metric a row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,6 +145,17 @@ pub const CATALOGUE: &[Row] = &[
         help: "Requests sent to a worker that should not be used (down, or its breaker open), because none was left that should",
         kind: Kind::Counter,
         values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.panic_choices())),
+    },
+    Row {
+        name: "vllm_proxy_broken_answers",
+        help: "Answers that broke off after they had begun, by reason; a stream of events was ended with an error event where that was possible",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Break::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.breaks(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
     },
     Row {
         name: "vllm_proxy_panics",

@@ -22,7 +22,9 @@ use prometheus_client::{
 };
 
 pub use catalogue::{CATALOGUE, Kind, Row};
-pub use slot::{Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS};
+pub use slot::{
+    Break, Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS,
+};
 
 /// How a scrape is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -277,6 +279,10 @@ mod tests {
         }
         for reason in Refusal::ALL {
             let series = format!("vllm_proxy_refused_requests_total{{reason=\"{}\"}}", reason.label());
+            assert_eq!(value(&text, &series), "0");
+        }
+        for reason in Break::ALL {
+            let series = format!("vllm_proxy_broken_answers_total{{reason=\"{}\"}}", reason.label());
             assert_eq!(value(&text, &series), "0");
         }
         for row in CATALOGUE.iter().filter(|row| !row.per_worker()) {

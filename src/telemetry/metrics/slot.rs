@@ -93,6 +93,26 @@ labels! {
 }
 
 labels! {
+    /// Why an answer that had begun did not come to its proper end.
+    Break {
+        /// The worker closed or reset its connection before the end.
+        WorkerBroke = "worker_broke",
+        /// The worker's chunked coding broke.
+        BadCoding = "bad_coding",
+        /// Nothing came from the worker for `--stream-idle-timeout-secs`.
+        IdleTimeout = "idle_timeout",
+        /// `--request-timeout-secs` were over.
+        TotalTimeout = "total_timeout",
+        /// The time for draining was over.
+        Draining = "draining",
+        /// The client took nothing for `--write-timeout-secs`.
+        SlowClient = "slow_client",
+        /// The worker itself ended a stream with an error.
+        WorkerError = "worker_error",
+    }
+}
+
+labels! {
     /// Why we answered a request with an error of our own.
     Refusal {
         /// The bytes are no legal HTTP/1.1 (400).
@@ -113,6 +133,8 @@ labels! {
         BadAnswer = "bad_answer",
         /// A worker did not answer in time (504).
         WorkerTimeout = "worker_timeout",
+        /// The request took longer than it may in all (504).
+        RequestTimeout = "request_timeout",
         /// We are shutting down (503).
         Draining = "draining",
         /// A limit of ours on connections or memory (429, 503).
@@ -170,6 +192,7 @@ pub struct ShardMetrics {
     ttfb_sum_micros: AtomicU64,
     retries: [AtomicU64; Retry::ALL.len()],
     refusals: [AtomicU64; Refusal::ALL.len()],
+    breaks: [AtomicU64; Break::ALL.len()],
     panics: AtomicU64,
     panic_choices: AtomicU64,
 }
@@ -204,6 +227,7 @@ impl ShardMetrics {
             ttfb_sum_micros: AtomicU64::new(0),
             retries: zeros(),
             refusals: zeros(),
+            breaks: zeros(),
             panics: AtomicU64::new(0),
             panic_choices: AtomicU64::new(0),
         }
@@ -262,6 +286,11 @@ impl ShardMetrics {
         add(&self.refusals[reason as usize], 1);
     }
 
+    /// An answer that had begun broke off.
+    pub fn broke(&self, reason: Break) {
+        add(&self.breaks[reason as usize], 1);
+    }
+
     /// A task panicked; its connection is gone.
     pub fn panicked(&self) {
         add(&self.panics, 1);
@@ -314,6 +343,10 @@ impl ShardMetrics {
 
     pub(super) fn refusals(&self, reason: Refusal) -> u64 {
         read(&self.refusals[reason as usize])
+    }
+
+    pub(super) fn breaks(&self, reason: Break) -> u64 {
+        read(&self.breaks[reason as usize])
     }
 
     pub(super) fn panics(&self) -> u64 {

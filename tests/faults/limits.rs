@@ -1,0 +1,1 @@
+//! Time limits, each with its end.
