@@ -7,13 +7,15 @@
 mod buffer;
 mod contain;
 mod driver;
+mod limits;
 mod socket;
 mod watch;
 
 pub use buffer::Buffer;
 pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};
-pub use socket::{Listener, ReadAhead, ReadHalf, WriteHalf, accept_from, connect, listen};
+pub use limits::{Limits, Needs, TooLow, open_files};
+pub use socket::{Listener, ReadAhead, ReadHalf, Reserve, WriteHalf, accept_from, connect, listen};
 pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
 
 /// Waits for `millis` milliseconds on the shard's timer, at least one tick of it.
