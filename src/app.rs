@@ -12,17 +12,19 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     admin,
-    base::Clock,
+    base::{self, Clock, Millis},
     config::Config,
     control, demo,
-    net::{self, Driver},
+    net::{self, Driver, Limits, Needs},
     proxy, routing, shard,
     shard::Orders,
+    shard::{Ending, Found, Meaning, Watchdog},
     telemetry::{self, metrics::Metrics},
+    upstream::ConnectFault,
     vllm,
     workers::{FleetHandle, ModelSettings, Registry, Worker},
 };
@@ -34,6 +36,7 @@ pub struct Running {
     driver: Driver,
     fleet: FleetHandle,
     orders: Arc<Orders>,
+    metrics: Arc<Metrics>,
     shards: Vec<JoinHandle<anyhow::Result<()>>>,
     control: control::Handle,
     grace: Duration,
@@ -48,6 +51,8 @@ pub struct Faults {
     pub on_request: Option<fn(&str)>,
     /// Called on a shard with every tick, outside of any connection: a panic ends the shard.
     pub on_tick: Option<fn()>,
+    /// Called on a shard before every connect to a worker, which fails as it says.
+    pub on_connect: Option<ConnectFault>,
 }
 
 /// Starts a proxy; returns when it accepts connections.
@@ -107,6 +112,10 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         let most = routing::MAX_SEATS;
         tracing::warn!(workers, most, "the prompts of the workers beyond are not remembered");
     }
+    let most_connections = check_limits(
+        &metrics,
+        Needs { shards: count, workers, pool_size: config.upstream.pool_size, driver },
+    );
     let routing = routing::Shared::new(config.routing.clone(), workers);
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
@@ -122,6 +131,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             metrics: metrics.clone(),
             shard: index,
             routing: routing.clone(),
+            most_connections,
+            connect_fault: faults.on_connect,
             fault: faults.on_request,
         };
         let (orders, ended) = (orders.clone(), end.clone());
@@ -131,7 +142,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
-    Ok(Running { address, driver, fleet, orders, shards, control, grace, ended })
+    Ok(Running { address, driver, fleet, orders, metrics, shards, control, grace, ended })
 }
 
 impl Running {
@@ -148,6 +159,26 @@ impl Running {
     /// What it knows of its workers.
     pub fn fleet(&self) -> &FleetHandle {
         &self.fleet
+    }
+
+    /// A watchdog over its shards.
+    fn watchdog(&self, now: Millis) -> Watchdog {
+        Watchdog::new(self.shards.len(), now)
+    }
+
+    /// Looks whether the shards come round, counts and says it if one does not.
+    fn look(&self, watchdog: &mut Watchdog, now: Millis) {
+        watchdog.look(
+            now,
+            |shard| self.metrics.shard(shard).ticks(),
+            |shard, found| match found {
+                Found::Stalled(ms) => {
+                    self.metrics.shard(shard).stalled();
+                    tracing::warn!(shard, ms, "a shard does not come round; its connections stand still");
+                }
+                Found::Back(ms) => tracing::info!(shard, ms, "the shard comes round again"),
+            },
+        );
     }
 
     /// Takes no new connection from now on and lets running exchanges end.
@@ -239,30 +270,103 @@ fn run_until_signal(
     let signals = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _entered = signals.enter();
     // caught from the first moment on, so that a signal during the start is not lost
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut signals_to_end = Signals::catch()?;
+    raise_open_files();
     let running = start(config)?;
     started(running.addr())?;
     signals.block_on(async {
+        let clock = Clock::start();
+        let mut ending = Ending::default();
+        let mut watchdog = running.watchdog(clock.millis());
         loop {
             tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                () = tokio::time::sleep(LOOK) => if running.shard_ended_within(Duration::ZERO) {
-                    bail!("a shard has ended; its connections are lost");
-                },
+                () = signals_to_end.next() => break,
+                () = tokio::time::sleep(LOOK) => {
+                    if running.shard_ended_within(Duration::ZERO) {
+                        bail!("a shard has ended; its connections are lost");
+                    }
+                    running.look(&mut watchdog, clock.millis());
+                }
             }
         }
+        ending.signal(clock.millis());
         tracing::info!("draining: running exchanges are finished, no new ones are taken");
         running.drain();
         let (tell, mut ended) = tokio::sync::oneshot::channel();
         std::thread::Builder::new().name("drain".to_owned()).spawn(move || tell.send(running.wait()).ok())?;
-        tokio::select! {
-            _ = terminate.recv() => bail!("ended at once by a second signal"),
-            _ = interrupt.recv() => bail!("ended at once by a second signal"),
-            result = &mut ended => result.context("draining failed")?,
+        loop {
+            tokio::select! {
+                () = signals_to_end.next() => if ending.signal(clock.millis()) == Meaning::EndAtOnce {
+                    bail!("ended at once by a second signal");
+                },
+                result = &mut ended => return result.context("draining failed")?,
+            }
         }
     })
+}
+
+/// The signals of the process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    /// Whether it was said what becomes of SIGHUP.
+    told: bool,
+}
+
+impl Signals {
+    /// From now on no signal ends the process but those that [`Signals::next`] waits for, and SIGKILL, SIGQUIT and
+    /// those of a crash.
+    fn catch() -> std::io::Result<Self> {
+        for kind in [SignalKind::user_defined1(), SignalKind::user_defined2()] {
+            // caught once, they are caught for good, whether anybody listens or not
+            drop(signal(kind)?);
+        }
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            told: false,
+        })
+    }
+
+    /// The next SIGTERM or SIGINT.
+    ///
+    /// # Cancellation
+    /// Nothing is lost.
+    async fn next(&mut self) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => if !std::mem::replace(&mut self.told, true) {
+                    tracing::info!("SIGHUP is ignored: there is nothing to read anew");
+                },
+            }
+        }
+    }
+}
+
+/// Makes room for as many connections as the host allows, and says so.
+fn raise_open_files() {
+    if let Some(before) = base::raise_open_files() {
+        let now = Limits::read().open_files;
+        let now = now.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
+        tracing::info!("open files: the limit was raised from {before} to the hard one, {now}");
+    }
+}
+
+/// Says what limits of the host are too low; returns how many clients may be connected.
+fn check_limits(metrics: &Metrics, needs: Needs) -> u64 {
+    let limits = Limits::read();
+    for low in limits.too_low(&needs) {
+        let net::TooLow { name, value, needed, remedy } = low;
+        tracing::warn!(value, needed, "{name} is low: {remedy}");
+    }
+    let most_connections = limits.most_connections(&needs);
+    let most = limits.open_files.unwrap_or(u64::MAX);
+    metrics.set_open_files(most, most_connections, net::open_files);
+    most_connections
 }
 
 /// The control thread's endpoints as a worker: its id follows those of the real ones.

@@ -6,14 +6,11 @@ use std::{
 };
 
 use vllm_proxy::{
-    app, base,
+    app,
     config::{self, Command, Config},
     healthcheck,
     telemetry::log,
 };
-
-/// Below this many open files a busy proxy runs dry; each exchange takes two.
-const FEW_OPEN_FILES: u64 = 10_000;
 
 /// The exit code of a command line or an environment that makes no sense, as with other tools.
 const USAGE: u8 = 2;
@@ -34,9 +31,6 @@ fn main() -> ExitCode {
 
 fn logging(config: Config, run: fn(Config) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let _log = log::init(&config.log)?;
-    if let Some(limit) = base::raise_open_files().filter(|limit| *limit < FEW_OPEN_FILES) {
-        tracing::warn!(limit, "few files may be open at once; raise the limit (ulimit -n) for many clients");
-    }
     run(config)
 }
 

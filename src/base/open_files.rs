@@ -2,13 +2,14 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the soft limit of open files to the hard one, and returns what holds now; `None`: no limit.
+/// Raises the soft limit of open files to the hard one; what it was before, if it was another.
 pub fn raise_open_files() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => limit.maximum,
-        // Some sandboxes refuse every change; then the soft limit goes on.
-        Err(_) => limit.current,
+    if limit.current == limit.maximum {
+        return None;
     }
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // some sandboxes refuse every change; then the soft limit goes on
+    setrlimit(Resource::Nofile, raised).ok()?;
+    limit.current
 }

@@ -9,6 +9,7 @@ use std::{future::poll_fn, task::Poll};
 mod buffer;
 mod contain;
 mod driver;
+mod limits;
 mod settings;
 mod socket;
 mod watch;
@@ -16,8 +17,9 @@ mod watch;
 pub use buffer::Buffer;
 pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};
+pub use limits::{Limits, Needs, TooLow, open_files};
 pub use settings::Settings;
-pub use socket::{Listener, ReadAhead, ReadHalf, WriteHalf, accept_from, connect, listen};
+pub use socket::{Listener, ReadAhead, ReadHalf, Reserve, WriteHalf, accept_from, connect, listen};
 pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
 
 /// Waits for `millis` milliseconds on the shard's timer, at least one tick of it.

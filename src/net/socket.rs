@@ -21,7 +21,7 @@ use monoio::{
 use crate::net::{Buffer, Driver, Elapsed, Settings, Watch};
 
 /// Connections that the kernel completes before we accept them. Capped by `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
+pub(super) const BACKLOG: i32 = 4096;
 
 /// Probes without an answer after which a silent connection is given up (where no time of
 /// `--tcp-user-timeout-secs` says so earlier), and how often they come: this part of `--tcp-keepalive-secs`.
@@ -331,6 +331,26 @@ fn bind(address: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     socket.set_reuse_port(shared)?;
     socket.bind(&address.into())?;
     Ok(socket)
+}
+
+/// A descriptor that is held for nothing but to be let go of when there are no others: then a client that waits
+/// can be let in, told that there is no room, and sent away, where it would wait for ever otherwise.
+#[derive(Debug, Default)]
+pub struct Reserve(Option<std::os::unix::net::UnixDatagram>);
+
+impl Reserve {
+    /// Takes a descriptor, if it has none and there is one; whether it has one now.
+    pub fn hold(&mut self) -> bool {
+        if self.0.is_none() {
+            self.0 = std::os::unix::net::UnixDatagram::unbound().ok();
+        }
+        self.0.is_some()
+    }
+
+    /// Lets go of it; whether it had one.
+    pub fn release(&mut self) -> bool {
+        self.0.take().is_some()
+    }
 }
 
 /// A listener of a shard, served by its driver.

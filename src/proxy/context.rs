@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     hash::{BuildHasher, Hasher, RandomState},
+    io,
     rc::Rc,
     sync::Arc,
 };
@@ -12,8 +13,11 @@ use crate::{
     net::{self, Buffer, ShardClock, Watches},
     proxy::Settings,
     routing::{Needs, Router, Shared, Terms},
-    telemetry::metrics::{Metrics, ShardMetrics},
-    upstream::{self, Pool},
+    telemetry::{
+        Resource,
+        metrics::{AcceptError, Metrics, ShardMetrics},
+    },
+    upstream::{self, ConnectFault, Pool},
     workers::{Fleet, FleetHandle, Worker},
 };
 
@@ -29,6 +33,19 @@ pub(super) const LARGE_BYTES: usize = 32 * 1024;
 
 /// Buffers kept for the next exchange, of each size.
 const KEPT_BUFFERS: usize = 256;
+
+/// What `accept(2)` says of a client that was gone, or could not be reached, before it was accepted.
+const OF_THE_CLIENT: [i32; 9] = [
+    libc::ECONNABORTED,
+    libc::EPROTO,
+    libc::ENETDOWN,
+    libc::ENOPROTOOPT,
+    libc::EHOSTDOWN,
+    libc::ENONET,
+    libc::EHOSTUNREACH,
+    libc::EOPNOTSUPP,
+    libc::ENETUNREACH,
+];
 
 /// What a shard's context is made of.
 #[derive(Debug)]
@@ -51,6 +68,10 @@ pub struct Parts {
     pub shard: usize,
     /// What the router is built of.
     pub routing: Shared,
+    /// Connections of clients that the process serves at most.
+    pub most_connections: u64,
+    /// Called before every connect to a worker, for tests that need one to fail.
+    pub connect_fault: Option<ConnectFault>,
     /// Called with every request's target, for tests that need a fault on a shard.
     pub fault: Option<fn(&str)>,
 }
@@ -79,6 +100,7 @@ pub struct Context {
     random: Cell<u64>,
     date: RefCell<(u64, Rc<str>)>,
     connections: Cell<usize>,
+    most_connections: u64,
 }
 
 impl Context {
@@ -87,7 +109,13 @@ impl Context {
         let clock = Rc::new(ShardClock::new(parts.clock));
         let router = Router::new(&parts.routing);
         Self {
-            pool: Pool::new(&parts.upstream, parts.net, clock.clone()),
+            pool: Pool::new(
+                &parts.upstream,
+                parts.net,
+                clock.clone(),
+                parts.metrics.clone(),
+                parts.connect_fault,
+            ),
             watches: Watches::new(clock.clone()),
             clock,
             settings: parts.settings,
@@ -107,6 +135,7 @@ impl Context {
             random: Cell::new(RandomState::new().build_hasher().finish() | 1),
             date: RefCell::new((u64::MAX, Rc::from(""))),
             connections: Cell::new(0),
+            most_connections: parts.most_connections,
         }
     }
 
@@ -151,6 +180,34 @@ impl Context {
         self.connections.get()
     }
 
+    /// Whether as many clients are connected, to all shards, as the process serves.
+    pub fn is_full(&self) -> bool {
+        self.metrics.connections_open() >= self.most_connections
+    }
+
+    /// A client could not be accepted: counts it, tells it once per episode, and lets go of what is not needed;
+    /// true if descriptors are short.
+    pub fn accept_failed(&self, error: &io::Error) -> bool {
+        let resource = Resource::of(error);
+        let reason = match (resource, error.raw_os_error()) {
+            (Some(Resource::Descriptors), _) => AcceptError::Descriptors,
+            (Some(Resource::Memory), _) => AcceptError::Memory,
+            (_, Some(code)) if OF_THE_CLIENT.contains(&code) => AcceptError::Aborted,
+            _ => AcceptError::Other,
+        };
+        self.metrics().accept_failed(reason);
+        match resource {
+            Some(resource) => self.metrics.shortages().tell(resource, self.clock.now()),
+            // it concerns one client, who knows
+            None if reason == AcceptError::Aborted => tracing::debug!(%error, "a client was gone before"),
+            None => tracing::warn!(%error, "cannot accept a connection"),
+        }
+        if reason == AcceptError::Descriptors {
+            self.pool.trim();
+        }
+        reason == AcceptError::Descriptors
+    }
+
     pub(super) fn connection_opened(&self) {
         self.connections.set(self.connections.get() + 1);
         self.metrics().connection_opened();
@@ -173,6 +230,10 @@ impl Context {
 
     /// What has to happen every [`crate::net::TICK_MS`].
     pub fn tick(&self) {
+        self.metrics().ticked();
+        if self.shard == 0 {
+            self.metrics.shortages().tell_over(self.clock.now());
+        }
         self.watches.tick();
         self.pool.tick();
     }

@@ -20,8 +20,10 @@ mod respond;
 mod retry;
 mod serving;
 mod settings;
+mod shed;
 mod tunnel;
 
 pub use client::serve;
 pub use context::{Context, Parts};
 pub use settings::Settings;
+pub use shed::shed;

@@ -8,7 +8,10 @@ use crate::{
     base::Millis,
     http::RequestError,
     proxy::retry::Failure,
-    telemetry::metrics::{Break, Refusal},
+    telemetry::{
+        Resource,
+        metrics::{Break, Refusal},
+    },
     vllm::{Endpoint, ErrorShape, Local, errors},
     workers::{Fleet, Standing},
 };
@@ -142,8 +145,31 @@ pub(super) fn last_events(endpoint: &Endpoint, reason: Break) -> Vec<u8> {
     errors::stream(endpoint, message, status_of(reason))
 }
 
+/// To a client for which there is no room.
+pub(super) fn crowded() -> Answer {
+    let mut answer = Answer::error(503, "Too many clients are connected. Please try again later.").closing();
+    answer.retry_after_secs = Some(RETRY_AFTER_SECS);
+    answer
+}
+
+/// To a request for which no connection to a worker can be made, through no fault of the worker.
+fn out_of(resource: Resource) -> Answer {
+    let what = resource.label();
+    let mut answer = Answer::error(
+        503,
+        &format!("The proxy is out of {what} for connections to workers. Please try again later."),
+    );
+    answer.retry_after_secs = Some(RETRY_AFTER_SECS);
+    answer
+}
+
 /// The answer to a failure, and the reason that is counted; `None` when there is nobody to answer.
 pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
+    if let Failure::Connect(error) = failure
+        && let Some(resource) = Resource::of(error)
+    {
+        return Some((out_of(resource), Refusal::Overload));
+    }
     Some(match failure {
         Failure::Request(error) => return Some(request(*error)),
         Failure::RequestBody => (Answer::text(400, errors::INVALID_REQUEST_TEXT), Refusal::Malformed),

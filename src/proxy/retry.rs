@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::{
     http::{RequestError, ResponseError},
-    telemetry::metrics::Retry,
+    telemetry::{Resource, metrics::Retry},
 };
 
 /// Attempts of one exchange at most, however many workers there are.
@@ -88,6 +88,12 @@ impl Failure {
     /// Whether another attempt is safe (`faults.md` §4). Nothing has been sent to the client yet.
     pub(super) fn verdict(&self) -> Verdict {
         match self {
+            // nor would there be a descriptor, or memory, for a connection to another worker
+            Self::Connect(error)
+                if matches!(Resource::of(error), Some(Resource::Descriptors | Resource::Memory)) =>
+            {
+                Verdict::GiveUp
+            }
             // never seen by a worker
             Self::Connect(_) => Verdict::Another(Retry::Refused),
             // a worker that closes an idle connection has not read the request
@@ -128,10 +134,7 @@ impl Failure {
 /// Errors of connecting that are this host's, not the worker's: no free descriptor, port or memory
 /// (`faults.md` P3, P4).
 fn ours(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL | libc::ENOBUFS | libc::ENOMEM)
-    )
+    Resource::of(error).is_some()
 }
 
 #[cfg(test)]

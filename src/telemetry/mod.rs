@@ -2,3 +2,6 @@
 
 pub mod log;
 pub mod metrics;
+mod shortage;
+
+pub use shortage::{QUIET_MS, Resource, Shortages};

@@ -3,5 +3,5 @@
 mod pool;
 mod settings;
 
-pub use pool::{Connection, Pool};
+pub use pool::{ConnectFault, Connection, Pool};
 pub use settings::Settings;

@@ -8,10 +8,18 @@ use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, sync::Arc, sync::atomic::O
 
 use crate::{
     base::Millis,
-    net::{self, Buffer, ReadAhead, ShardClock, Watch, WriteHalf, connect},
+    net::{self, Buffer, ReadAhead, ReadHalf, ShardClock, Watch, WriteHalf, connect, pause},
+    telemetry::{Resource, metrics::Metrics},
     upstream::Settings,
     workers::Worker,
 };
+
+/// After connections were closed for want of descriptors, the kernel is given this long to close them, in
+/// milliseconds: under io_uring it does so beside us.
+const TRIM_PAUSE_MS: u64 = 5;
+
+/// A fault that tests put before every connect.
+pub type ConnectFault = fn(SocketAddr) -> io::Result<()>;
 
 /// An open connection to a worker.
 #[derive(Debug)]
@@ -41,19 +49,29 @@ pub struct Pool {
     net: net::Settings,
     size: usize,
     clock: Rc<ShardClock>,
+    metrics: Arc<Metrics>,
+    fault: Option<ConnectFault>,
     /// Indexed by [`Worker::id`]; oldest first.
     idle: RefCell<Vec<Vec<Idle>>>,
 }
 
 impl Pool {
     /// An empty pool.
-    pub fn new(settings: &Settings, net: net::Settings, clock: Rc<ShardClock>) -> Self {
+    pub fn new(
+        settings: &Settings,
+        net: net::Settings,
+        clock: Rc<ShardClock>,
+        metrics: Arc<Metrics>,
+        fault: Option<ConnectFault>,
+    ) -> Self {
         Self {
             connect_ms: settings.connect_timeout_secs.saturating_mul(1000),
             idle_ms: settings.pool_idle_timeout_secs.saturating_mul(1000),
             net,
             size: settings.pool_size,
             clock,
+            metrics,
+            fault,
             idle: RefCell::default(),
         }
     }
@@ -113,6 +131,11 @@ impl Pool {
         }
     }
 
+    /// Closes every idle connection, because descriptors are short; how many there were.
+    pub fn trim(&self) -> usize {
+        self.idle.borrow_mut().iter_mut().map(|list| list.drain(..).count()).sum()
+    }
+
     /// Opens a connection to one of the worker's addresses, trying each in turn, each for no longer than
     /// `--connect-timeout-secs`.
     ///
@@ -129,9 +152,16 @@ impl Pool {
         let turn = worker.counters().connects.fetch_add(1, Ordering::Relaxed) as usize;
         for n in 0..count {
             let peer = addresses.list[(turn + n) % count];
-            let late = || io::Error::new(io::ErrorKind::TimedOut, "connecting took too long");
-            match watch.limit(self.connect_ms, connect(peer, &self.net)).await.unwrap_or_else(|_| Err(late()))
-            {
+            let mut connected = self.connect(peer, watch).await;
+            let short = connected.as_ref().err().and_then(Resource::of);
+            if let Some(resource) = short {
+                self.metrics.shortages().tell(resource, self.clock.now());
+            }
+            if short == Some(Resource::Descriptors) && self.trim() > 0 {
+                pause(TRIM_PAUSE_MS).await;
+                connected = self.connect(peer, watch).await;
+            }
+            match connected {
                 Ok((reader, writer)) => {
                     let reader = ReadAhead::new(reader);
                     let generation = addresses.generation;
@@ -141,6 +171,14 @@ impl Pool {
             }
         }
         Err(error)
+    }
+
+    async fn connect(&self, peer: SocketAddr, watch: &Watch) -> io::Result<(ReadHalf, WriteHalf)> {
+        if let Some(fault) = self.fault {
+            fault(peer)?;
+        }
+        let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "connecting took too long"));
+        watch.limit(self.connect_ms, connect(peer, &self.net)).await.unwrap_or_else(late)
     }
 }
 

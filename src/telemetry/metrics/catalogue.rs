@@ -8,8 +8,10 @@ use prometheus_client::{
 };
 
 use super::{
-    Break, Ejection, ProbeVerdict, Refusal, Retry, Scrape, StatusClass, TTFB_BUCKETS_MICROS, WorkerSample,
+    AcceptError, Break, Ejection, ProbeVerdict, Refusal, Retry, Scrape, Shed, StatusClass,
+    TTFB_BUCKETS_MICROS, WorkerSample,
 };
+use crate::telemetry::Resource;
 
 /// What kind of metric a row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,13 +86,13 @@ pub const CATALOGUE: &[Row] = &[
     },
     Row {
         name: "vllm_proxy_requests_in_flight",
-        help: "Requests that are being served now",
+        help: "Requests that are being served now, the one for this page among them",
         kind: Kind::Gauge,
         values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.in_flight())),
     },
     Row {
         name: "vllm_proxy_connections_open",
-        help: "Connections of clients that are open now",
+        help: "Connections of clients that are open now, the one that asks for this page among them",
         kind: Kind::Gauge,
         values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.connections_open())),
     },
@@ -99,6 +101,65 @@ pub const CATALOGUE: &[Row] = &[
         help: "Connections of clients that were accepted",
         kind: Kind::Counter,
         values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.connections())),
+    },
+    Row {
+        name: "vllm_proxy_connections_max",
+        help: "Connections of clients that may be open: half of the open files that are left for them, since each may need one to a worker",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| {
+            scrape.metrics.open_files.get().map_or(0, |files| files.most_connections)
+        }),
+    },
+    Row {
+        name: "vllm_proxy_accept_errors",
+        help: "Connections of clients that could not be accepted, by reason",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            AcceptError::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.accept_errors(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_shed_connections",
+        help: "Connections of clients that were closed with no more than a 503, by what was short",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Shed::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.sheds(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_open_files",
+        help: "Open files of the process; every connection of a client takes one, and every connection to a worker",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.open_files.get().map_or(0, |files| (files.read)())),
+    },
+    Row {
+        name: "vllm_proxy_open_files_max",
+        help: "Limit of open files of the process",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.open_files.get().map_or(0, |files| files.most)),
+    },
+    Row {
+        name: "vllm_proxy_shortages",
+        help: "Times that a connection could not be made or accepted because this host was out of something",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Resource::ALL.iter().try_for_each(|resource| {
+                let count = scrape.metrics.shortages.total(*resource);
+                counter(metric, &[("resource", resource.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_shard_stalls",
+        help: "Times that a shard was found not to come round for seconds: something blocks its thread",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.stalls())),
     },
     Row {
         name: "vllm_proxy_received_bytes",

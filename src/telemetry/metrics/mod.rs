@@ -21,9 +21,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::telemetry::Shortages;
 pub use catalogue::{CATALOGUE, Kind, Row};
 pub use slot::{
-    Break, Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, StatusClass, TTFB_BUCKETS_MICROS,
+    AcceptError, Break, Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, Shed, StatusClass,
+    TTFB_BUCKETS_MICROS,
 };
 
 /// How a scrape is written.
@@ -70,6 +72,18 @@ pub struct Metrics {
     /// Names of the policies, in the order of their table, and whether each is in use.
     policies: OnceLock<Vec<(&'static str, bool)>>,
     dropped_lines: OnceLock<Reader>,
+    open_files: OnceLock<OpenFiles>,
+    shortages: Shortages,
+}
+
+/// What is known of the process's open files.
+struct OpenFiles {
+    /// How many there are.
+    read: Reader,
+    /// How many there may be.
+    most: u64,
+    /// How many clients may be connected.
+    most_connections: u64,
 }
 
 impl fmt::Debug for Metrics {
@@ -147,6 +161,8 @@ impl Metrics {
             backend: OnceLock::new(),
             policies: OnceLock::new(),
             dropped_lines: OnceLock::new(),
+            open_files: OnceLock::new(),
+            shortages: Shortages::default(),
         }
     }
 
@@ -172,6 +188,26 @@ impl Metrics {
     /// Says once how the number of log lines that were dropped is read.
     pub fn set_dropped_lines(&self, read: impl Fn() -> u64 + Send + Sync + 'static) {
         self.dropped_lines.get_or_init(|| Box::new(read));
+    }
+
+    /// Says once how the number of open files is read, how many there may be, and how many clients may be connected.
+    pub fn set_open_files(
+        &self,
+        most: u64,
+        most_connections: u64,
+        read: impl Fn() -> u64 + Send + Sync + 'static,
+    ) {
+        self.open_files.get_or_init(|| OpenFiles { read: Box::new(read), most, most_connections });
+    }
+
+    /// What was short, and how often.
+    pub fn shortages(&self) -> &Shortages {
+        &self.shortages
+    }
+
+    /// Connections of clients that are open, on all shards.
+    pub fn connections_open(&self) -> u64 {
+        self.sum(|shard| shard.connections_open())
     }
 
     /// The text of a scrape; of the workers it says what `workers` holds.

@@ -163,6 +163,20 @@ labels! {
 }
 
 labels! {
+    /// Why a connection of a client could not be accepted.
+    AcceptError {
+        /// No free descriptor, of the process or of the host (`EMFILE`, `ENFILE`).
+        Descriptors = "descriptors",
+        /// No memory for another socket (`ENOBUFS`, `ENOMEM`).
+        Memory = "memory",
+        /// The client was gone before (`ECONNABORTED` and errors of the network, `accept(2)`).
+        Aborted = "aborted",
+        /// Anything else.
+        Other = "other",
+    }
+}
+
+labels! {
     /// What a probe found.
     ProbeVerdict {
         /// The worker serves.
@@ -171,6 +185,16 @@ labels! {
         Bad = "bad",
         /// It did not answer in time.
         Late = "late",
+    }
+}
+
+labels! {
+    /// Why a connection of a client was closed with no more than a 503.
+    Shed {
+        /// It was let in on the last descriptor, which is kept for that.
+        Descriptors = "descriptors",
+        /// As many clients as the limit of open files allows are connected.
+        Limit = "limit",
     }
 }
 
@@ -195,6 +219,11 @@ pub struct ShardMetrics {
     breaks: [AtomicU64; Break::ALL.len()],
     panics: AtomicU64,
     panic_choices: AtomicU64,
+    accept_errors: [AtomicU64; AcceptError::ALL.len()],
+    shed: [AtomicU64; Shed::ALL.len()],
+    ticks: AtomicU64,
+    /// The one figure that another thread writes: the one that watches.
+    stalls: AtomicU64,
 }
 
 fn zeros<const N: usize>() -> [AtomicU64; N] {
@@ -230,6 +259,10 @@ impl ShardMetrics {
             breaks: zeros(),
             panics: AtomicU64::new(0),
             panic_choices: AtomicU64::new(0),
+            accept_errors: zeros(),
+            shed: zeros(),
+            ticks: AtomicU64::new(0),
+            stalls: AtomicU64::new(0),
         }
     }
 
@@ -305,6 +338,31 @@ impl ShardMetrics {
         read(&self.panic_choices)
     }
 
+    /// A client could not be accepted.
+    pub fn accept_failed(&self, error: AcceptError) {
+        add(&self.accept_errors[error as usize], 1);
+    }
+
+    /// A client was turned away at the door.
+    pub fn shed(&self, why: Shed) {
+        add(&self.shed[why as usize], 1);
+    }
+
+    /// The shard has come round once more.
+    pub fn ticked(&self) {
+        add(&self.ticks, 1);
+    }
+
+    /// How often the shard has come round.
+    pub fn ticks(&self) -> u64 {
+        read(&self.ticks)
+    }
+
+    /// The shard was found not to come round.
+    pub fn stalled(&self) {
+        add(&self.stalls, 1);
+    }
+
     pub(super) fn requests(&self, endpoint: usize, class: StatusClass) -> u64 {
         read(&self.requests[endpoint * StatusClass::ALL.len() + class as usize])
     }
@@ -351,6 +409,18 @@ impl ShardMetrics {
 
     pub(super) fn panics(&self) -> u64 {
         read(&self.panics)
+    }
+
+    pub(super) fn accept_errors(&self, error: AcceptError) -> u64 {
+        read(&self.accept_errors[error as usize])
+    }
+
+    pub(super) fn sheds(&self, why: Shed) -> u64 {
+        read(&self.shed[why as usize])
+    }
+
+    pub(super) fn stalls(&self) -> u64 {
+        read(&self.stalls)
     }
 }
 
