@@ -107,12 +107,15 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         tracing::warn!(workers, most, "the prompts of the workers beyond are not remembered");
     }
     let routing = routing::Shared::new(config.routing.clone(), workers);
+    let budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
     let mut shards = Vec::with_capacity(count);
     for (index, (starting, listener)) in starting.into_iter().zip(listeners).enumerate() {
         let parts = proxy::Parts {
             settings: config.proxy.clone(),
+            retries: config.retries.clone(),
+            budget: budget.clone(),
             upstream: config.upstream.clone(),
             clock,
             fleet: fleet.clone(),

@@ -62,6 +62,10 @@ pub struct Config {
     #[command(flatten, next_help_heading = "Clients and their requests")]
     pub proxy: proxy::Settings,
 
+    /// Further attempts.
+    #[command(flatten, next_help_heading = "Retries")]
+    pub retries: proxy::RetrySettings,
+
     /// Connections to workers.
     #[command(flatten, next_help_heading = "Connections to workers")]
     pub upstream: upstream::Settings,

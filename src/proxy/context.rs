@@ -8,9 +8,9 @@ use std::{
 };
 
 use crate::{
-    base::{Clock, Date},
+    base::{Clock, Date, Millis},
     net::{Buffer, ShardClock, Watches},
-    proxy::Settings,
+    proxy::{Budget, RetrySettings, Settings},
     routing::{Needs, Router, Shared},
     telemetry::metrics::{Metrics, ShardMetrics},
     upstream::{self, Pool},
@@ -30,11 +30,18 @@ pub(super) const LARGE_BYTES: usize = 32 * 1024;
 /// Buffers kept for the next exchange, of each size.
 const KEPT_BUFFERS: usize = 256;
 
+/// How often a shard logs that the host is short of something, in milliseconds.
+const WARN_MS: Millis = 10_000;
+
 /// What a shard's context is made of.
 #[derive(Debug)]
 pub struct Parts {
     /// Limits of an exchange.
     pub settings: Settings,
+    /// Further attempts.
+    pub retries: RetrySettings,
+    /// The allowance of further attempts, one for all shards.
+    pub budget: Arc<Budget>,
     /// Connections to workers.
     pub upstream: upstream::Settings,
     /// The process's clock.
@@ -56,6 +63,8 @@ pub struct Parts {
 /// What the exchanges of one shard share.
 pub struct Context {
     pub(super) settings: Settings,
+    pub(super) retries: RetrySettings,
+    pub(super) budget: Arc<Budget>,
     pub(super) clock: Rc<ShardClock>,
     pub(super) watches: Watches,
     pub(super) pool: Pool,
@@ -75,6 +84,7 @@ pub struct Context {
     random: Cell<u64>,
     date: RefCell<(u64, Rc<str>)>,
     connections: Cell<usize>,
+    warned: Cell<Option<Millis>>,
 }
 
 impl Context {
@@ -87,6 +97,8 @@ impl Context {
             watches: Watches::new(clock.clone()),
             clock,
             settings: parts.settings,
+            retries: parts.retries,
+            budget: parts.budget,
             buffers: Buffers::default(),
             admin: parts.admin,
             fault: parts.fault,
@@ -102,6 +114,7 @@ impl Context {
             random: Cell::new(RandomState::new().build_hasher().finish() | 1),
             date: RefCell::new((u64::MAX, Rc::from(""))),
             connections: Cell::new(0),
+            warned: Cell::new(None),
         }
     }
 
@@ -129,6 +142,26 @@ impl Context {
         bits ^= bits << 17;
         self.random.set(bits);
         bits
+    }
+
+    /// Chance, from 0 to below 1.
+    pub(super) fn chance(&self) -> f64 {
+        (self.random() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Whether a shortage may be logged now: once in [`WARN_MS`] is enough, however many requests meet it.
+    pub(super) fn may_warn(&self) -> bool {
+        let now = self.clock.now();
+        let may = self.warned.get().is_none_or(|at| now.saturating_sub(at) >= WARN_MS);
+        if may {
+            self.warned.set(Some(now));
+        }
+        may
+    }
+
+    /// Requests that run in this process now, on whatever shard.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.metrics.in_flight()
     }
 
     /// The `date` of an answer, made once a second.

@@ -16,5 +16,7 @@ pub(super) fn judge(worker: &Worker, failure: &Failure) {
     if failure.condemns() {
         // the control thread sees it, says so and probes
         worker.set_health(Health::Down);
+    } else if failure.doubts() {
+        worker.doubt();
     }
 }

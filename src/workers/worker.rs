@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -68,6 +68,7 @@ struct Server {
     addresses: ArcSwap<Addresses>,
     /// A [`Health`].
     health: AtomicU8,
+    doubted: AtomicBool,
     /// Grows with every loss of the prefix caches.
     cache_generation: AtomicU32,
 }
@@ -202,6 +203,16 @@ impl Worker {
             self.cache_lost();
         }
         before
+    }
+
+    /// Something looks wrong with it: the control thread should look at it now.
+    pub fn doubt(&self) {
+        self.server.doubted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was doubted since the last call.
+    pub fn take_doubt(&self) -> bool {
+        self.server.doubted.swap(false, Ordering::Relaxed)
     }
 
     /// Its prefix cache is empty, and those of its server's other ranks: it was started anew, slept, or was told
