@@ -117,12 +117,15 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         Needs { shards: count, workers, pool_size: config.upstream.pool_size, driver },
     );
     let routing = routing::Shared::new(config.routing.clone(), workers);
+    let budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
     let mut shards = Vec::with_capacity(count);
     for (index, (starting, listener)) in starting.into_iter().zip(listeners).enumerate() {
         let parts = proxy::Parts {
             settings: config.proxy.clone(),
+            retries: config.retries.clone(),
+            budget: budget.clone(),
             upstream: config.upstream.clone(),
             net: config.net.patient(config.proxy.worker_write_timeout_secs),
             clock,

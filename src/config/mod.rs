@@ -70,6 +70,9 @@ pub struct Config {
     /// How vanished peers are found, on both sides.
     #[command(flatten, next_help_heading = "TCP, on both sides")]
     pub net: net::Settings,
+    /// Further attempts.
+    #[command(flatten, next_help_heading = "Retries")]
+    pub retries: proxy::RetrySettings,
 
     /// Connections to workers.
     #[command(flatten, next_help_heading = "Connections to workers")]

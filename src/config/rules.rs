@@ -32,6 +32,13 @@ const MAX_RANKS: u32 = 1024;
 /// Idle connections per shard and worker; the ports of one address are 65,536.
 const MAX_POOL: usize = 65_536;
 
+/// Attempts of one request; more would only keep its client waiting.
+const MAX_ATTEMPTS: u32 = 100;
+
+/// The longest pause between two attempts, an hour, in milliseconds.
+const MAX_PAUSE_MS: u64 = 3_600_000;
+
+const MILLISECONDS: &str = "a whole number of milliseconds from 0 to 3600000";
 const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
 const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
 const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
@@ -107,6 +114,17 @@ pub(super) const RULES: &[Rule] = &[
 
     Rule { id: "tcp_keepalive_secs", allowed: "a whole number of seconds from 0 to 32767", check: |c| within(c.net.tcp_keepalive_secs, 0..=MAX_KEEPALIVE_SECONDS) },
     Rule { id: "tcp_user_timeout_secs", allowed: "a whole number of seconds from 0 to 2147483", check: |c| within(c.net.tcp_user_timeout_secs, 0..=MAX_USER_TIMEOUT_SECONDS) },
+
+    Rule { id: "retry_max_retries", allowed: "a whole number from 1 to 100", check: |c| within(c.retries.retry_max_retries, 1..=MAX_ATTEMPTS) },
+    Rule { id: "retry_initial_backoff_ms", allowed: MILLISECONDS, check: |c| within(c.retries.retry_initial_backoff_ms, 0..=MAX_PAUSE_MS) },
+    Rule { id: "retry_max_backoff_ms", allowed: MILLISECONDS, check: |c| within(c.retries.retry_max_backoff_ms, 0..=MAX_PAUSE_MS) },
+    Rule { id: "retry_backoff_multiplier", allowed: "a number from 1 to 100", check: |c| within(c.retries.retry_backoff_multiplier, 1.0..=100.0) },
+    Rule { id: "retry_jitter_factor", allowed: "a number from 0 to 1", check: |c| within(c.retries.retry_jitter_factor, 0.0..=1.0) },
+    Rule { id: "retry_statuses", allowed: "408, 429, a status from 500 to 599, or several of them separated by commas", check: retry_statuses },
+    Rule { id: "disable_retries", allowed: SWITCH, check: |_| Ok(()) },
+    Rule { id: "retry_buffer_bytes", allowed: "a whole number of bytes", check: |_| Ok(()) },
+    Rule { id: "max_retries", allowed: "a whole number from 0 to 99", check: |c| within(c.retries.max_retries.unwrap_or(0), 0..=MAX_ATTEMPTS - 1) },
+    Rule { id: "retry_delay", allowed: "a number of seconds from 0 to 3600", check: |c| within(c.retries.retry_delay.unwrap_or(0.0), 0.0..=3600.0) },
 
     Rule { id: "connect_timeout_secs", allowed: SECONDS, check: |c| within(c.upstream.connect_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "pool_idle_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.upstream.pool_idle_timeout_secs, 0..=MAX_SECONDS) },
@@ -201,6 +219,14 @@ fn model_policy(config: &Config) -> Result<(), String> {
     let alias = own.find(|of| config.static_aliases.iter().any(|(alias, _)| *alias == of.model));
     match settings.twice().or(alias) {
         Some(of) => Err(format!("{}={}", of.model, of.policy)),
+        None => Ok(()),
+    }
+}
+
+fn retry_statuses(config: &Config) -> Result<(), String> {
+    let mut statuses = config.retries.retry_statuses.iter();
+    match statuses.find(|status| !matches!(status, 408 | 429 | 500..=599)) {
+        Some(status) => Err(status.to_string()),
         None => Ok(()),
     }
 }

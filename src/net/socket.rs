@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     pin::{Pin, pin},
-    task::{Context, Waker},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -90,6 +90,8 @@ pub struct ReadAhead(Ahead);
 enum Ahead {
     Idle(ReadHalf),
     Armed(Armed),
+    /// A read is done, and its result not yet taken.
+    Done(ReadHalf, io::Result<usize>, Buffer),
     /// A read was dropped before it was done.
     Lost,
 }
@@ -122,6 +124,21 @@ impl ReadAhead {
         false
     }
 
+    /// Waits until the read that is under way is done; at once if none is.
+    ///
+    /// # Cancellation
+    /// Nothing is lost: the read goes on.
+    pub async fn ready(&mut self) {
+        poll_fn(|context| {
+            if let Ahead::Armed(armed) = &mut self.0 {
+                let (half, result, buffer) = ready!(armed.as_mut().poll(context));
+                self.0 = Ahead::Done(half, result, buffer);
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     /// Ends the read that is under way, or reads into what `buffer` makes. 0 is the end of the stream.
     ///
     /// # Cancellation
@@ -138,6 +155,10 @@ impl ReadAhead {
                 self.0 = Ahead::Idle(half);
                 (result, buffer)
             }
+            Ahead::Done(half, result, buffer) => {
+                self.0 = Ahead::Idle(half);
+                (result, buffer)
+            }
             Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
         }
     }
@@ -148,6 +169,7 @@ impl fmt::Debug for ReadAhead {
         f.write_str(match self.0 {
             Ahead::Idle(_) => "ReadAhead::Idle",
             Ahead::Armed(_) => "ReadAhead::Armed",
+            Ahead::Done(..) => "ReadAhead::Done",
             Ahead::Lost => "ReadAhead::Lost",
         })
     }

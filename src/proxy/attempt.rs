@@ -18,9 +18,10 @@ use crate::{
         body::{self, Body, Sent},
         client::{After, Client},
         listener::Listener,
-        relay::{Plan, Relayed, relay},
+        peek::{Peek, Seen},
+        relay::{Plan, Relayed, Step, relay},
         respond,
-        retry::{Failure, Verdict},
+        retry::{Failure, Retries},
         tunnel::tunnel,
     },
     telemetry::metrics::Break,
@@ -34,6 +35,9 @@ const LOAD_FIELD: &str = "endpoint-load-metrics";
 
 /// The field that names the worker in an answer, where that is asked for.
 const WORKER_FIELD: &str = "x-vllm-proxy-worker";
+
+/// What a client is told of a busy worker that does not say itself when to come back, in seconds.
+const RETRY_AFTER: (&str, &str) = ("retry-after", "1");
 
 /// After a connection was found dead, its unfinished write is given this long to fail too, so that the body
 /// comes back from the kernel.
@@ -62,6 +66,8 @@ pub(super) struct Manner {
     pub(super) demand: Demand,
     /// Whether what the answer says of its tokens is of use.
     pub(super) listens: bool,
+    /// The worker is our own control thread.
+    pub(super) ours: bool,
 }
 
 /// Sends the request to `worker` and its answer to the client.
@@ -74,16 +80,18 @@ pub(super) async fn attempt(
     worker: &Arc<Worker>,
     body: Body,
     manner: Manner,
+    retries: &mut Retries<'_>,
 ) -> Attempted {
     let cx = client.cx;
     let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
-    // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
-    let fresh = manner.fresh || matches!(body, Body::Streaming(_));
+    // what can't be sent again is not risked on a connection that may be stale; our own control thread closes none
+    let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
+    let fresh = manner.fresh || !keeps && !(manner.ours && matches!(body, Body::Whole(_)));
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, &mut in_flight, &mut connection, body, manner).await {
+    match run(client, account, worker, &mut in_flight, &mut connection, body, manner, retries).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
                 cx.pool.put(worker, connection, cx.buffers.large());
@@ -128,7 +136,8 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
     })
 }
 
-/// Sends the request and relays its answer; both at once, because a worker may answer before it has read all.
+/// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has read all.
+#[expect(clippy::too_many_arguments, reason = "it is the second half of attempt")]
 async fn run(
     client: &mut Client<'_>,
     account: &Account<'_>,
@@ -137,6 +146,7 @@ async fn run(
     connection: &mut Connection,
     body: Body,
     manner: Manner,
+    retries: &mut Retries<'_>,
 ) -> Ran {
     let framing = manner.framing;
     let Client { cx, inbox, request, outlet, head, .. } = client;
@@ -147,8 +157,9 @@ async fn run(
     let extra = rank.as_ref().map_or(&[][..], |field| field);
     request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
+    let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
     let watch = outlet.watch.clone();
-    let mut sending = pin!(maybe_done(body::send(cx, inbox, &watch, writer, head, body, chunked)));
+    let mut sending = pin!(maybe_done(body::send(cx, inbox, &watch, writer, head, body, chunked, keeps)));
 
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
@@ -164,7 +175,7 @@ async fn run(
             return Ran::over(Attempted::Failed(Failure::TotalTime, None));
         }
         Ok(Err(failure)) => {
-            if failure.verdict() != Verdict::GiveUp {
+            if failure.reason().is_some() {
                 outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
             }
             return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
@@ -180,10 +191,39 @@ async fn run(
         return Ran::over(Attempted::Failed(Failure::NoSuchPath, kept(sending).map(Body::Whole)));
     }
     let mut plan = Plan::of(outlet.answer.framing(), outlet.answer.is_event_stream(), version);
-    let switched = outlet.answer.status() == 101;
-    let step = if switched { None } else { plan.begin(&mut buffer) };
+    let status = outlet.answer.status();
+    let switched = status == 101;
+    // the body is only there once all of it is sent; without it the answer is as good as any
+    let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
+    let question = if has_body { retries.question(status, outlet.answer.is_event_stream()) } else { None };
+    let mut peek =
+        question.map(|question| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
+    let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
+    let mut step = if switched { None } else { plan.begin(&mut buffer) };
+    if let (Seen::NeedMore, Some(peek), Some(step)) = (&seen, &mut peek, &mut step) {
+        seen = match Box::pin(peek.hold(cx, &watch, reader, &mut plan, step, &mut buffer)).await {
+            Ok(seen) => seen,
+            Err(failure) => return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole))),
+        };
+    }
+    if let Some(peek) = peek {
+        outlet.scratch = peek.into_scratch();
+    }
     if step.is_none() && !switched {
         return Ran::over(Attempted::Failed(Failure::AnswerBody, None));
+    }
+    let mut counted = status;
+    if let Seen::Poor(failure) = seen {
+        if retries.gives_up(cx, worker, &failure) {
+            let reusable = step.is_some_and(Step::is_clean_end) && outlet.answer.keep_alive();
+            cx.buffers.recycle(buffer);
+            return Ran::Over {
+                attempted: Attempted::Failed(failure, kept(sending).map(Body::Whole)),
+                reusable,
+            };
+        }
+        // whatever its status, it is no success
+        counted = failure.counted_as(status);
     }
 
     // it is said of the server, not of one of its ranks
@@ -195,15 +235,24 @@ async fn run(
     if let Some(body) = kept(sending.as_mut()) {
         cx.buffers.recycle(body);
     }
-    account.answered(outlet.answer.status());
+    account.answered(counted);
     let closes = plan.closes;
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
     answer_head.clear();
-    let named = [(WORKER_FIELD, worker.name())];
+    let mut extra = [("", ""); 2];
+    let mut extras = 0;
     // what the control thread says comes from several workers or from none, and its own listener is nobody's business
-    let names = cx.settings.worker_header && !std::ptr::eq(worker, &*cx.admin);
-    let extra = if names { &named[..] } else { &[] };
+    if cx.settings.worker_header && !manner.ours {
+        extra[extras] = (WORKER_FIELD, worker.name());
+        extras += 1;
+    }
+    // vLLM does not say when to come back (`faults.md` §1)
+    if matches!(status, 429 | 503) && !manner.ours && outlet.answer.field(RETRY_AFTER.0).is_none() {
+        extra[extras] = RETRY_AFTER;
+        extras += 1;
+    }
+    let extra = &extra[..extras];
     let downstream = DownstreamHead { version, framing: plan.framing, keep_alive, extra };
     outlet.answer.write_downstream(&mut answer_head, &downstream);
 

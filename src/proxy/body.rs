@@ -265,7 +265,8 @@ pub(super) enum Sent {
     Unread,
 }
 
-/// Sends `head` and `body`, head and what is there of the body in one write where the headroom allows.
+/// Sends `head` and `body`, head and what is there of the body in one write where the headroom allows. What is not
+/// to be kept for another attempt is let go as soon as it is sent.
 ///
 /// # Cancellation
 /// Part of it may have been sent: the worker's connection must be closed.
@@ -277,12 +278,17 @@ pub(super) async fn send(
     head: &[u8],
     body: Body,
     chunked: bool,
+    keep: bool,
 ) -> Sent {
     match body {
         Body::Whole(buffer) => {
             let len = buffer.len();
             let written = write_with_head(cx, watch, writer, head, buffer).await;
             let Ok((result, mut buffer)) = written else { return Sent::Unread };
+            if !keep {
+                cx.buffers.recycle(buffer);
+                return if result.is_ok() { Sent::Complete(None) } else { Sent::Broken(None) };
+            }
             buffer.advance(buffer.len() - len);
             match result {
                 Ok(()) => Sent::Complete(Some(buffer)),

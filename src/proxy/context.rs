@@ -11,7 +11,7 @@ use std::{
 use crate::{
     base::{Clock, Date},
     net::{self, Buffer, ShardClock, Watches},
-    proxy::Settings,
+    proxy::{Budget, RetrySettings, Settings},
     routing::{Needs, Router, Shared, Terms},
     telemetry::{
         Resource,
@@ -52,6 +52,10 @@ const OF_THE_CLIENT: [i32; 9] = [
 pub struct Parts {
     /// Limits of an exchange.
     pub settings: Settings,
+    /// Further attempts.
+    pub retries: RetrySettings,
+    /// The allowance of further attempts, one for all shards.
+    pub budget: Arc<Budget>,
     /// Connections to workers.
     pub upstream: upstream::Settings,
     /// TCP of the connections to workers.
@@ -79,6 +83,8 @@ pub struct Parts {
 /// What the exchanges of one shard share.
 pub struct Context {
     pub(super) settings: Settings,
+    pub(super) retries: RetrySettings,
+    pub(super) budget: Arc<Budget>,
     pub(super) clock: Rc<ShardClock>,
     pub(super) watches: Watches,
     pub(super) pool: Pool,
@@ -119,6 +125,8 @@ impl Context {
             watches: Watches::new(clock.clone()),
             clock,
             settings: parts.settings,
+            retries: parts.retries,
+            budget: parts.budget,
             buffers: Buffers::default(),
             admin: parts.admin,
             fault: parts.fault,
@@ -163,6 +171,16 @@ impl Context {
         bits ^= bits << 17;
         self.random.set(bits);
         bits
+    }
+
+    /// Chance, from 0 to below 1.
+    pub(super) fn chance(&self) -> f64 {
+        (self.random() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Requests that run in this process now, on whatever shard.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.metrics.in_flight()
     }
 
     /// The `date` of an answer, made once a second.

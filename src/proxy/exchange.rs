@@ -5,7 +5,7 @@
 
 use crate::{
     http::{OutFraming, RequestFraming},
-    net::Buffer,
+    net::{Buffer, pause},
     proxy::{
         account::Account,
         attempt::{Attempted, Manner, attempt},
@@ -13,13 +13,12 @@ use crate::{
         choice::{Asked, Chosen, choose},
         client::{After, Client},
         context::Context,
-        inspect::inspect,
+        inspect::{Inspected, inspect},
         judge::Judge,
         respond::{self, Answer},
-        retry::{Failure, MAX_ATTEMPTS, Verdict},
+        retry::{Failure, Next, Repeatable, Retries},
         serving::{Serving, who},
     },
-    routing::Tried,
     telemetry::metrics::Refusal,
     vllm::{self, Endpoint, Treatment},
     workers::Fleet,
@@ -68,53 +67,77 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let framing = framing(client.request.framing(), &body);
 
     // 5. attempts, until one is answered
-    let mut tried = Tried::none();
+    let asked_for = repeatable(client, endpoint, &serving, &inspected);
+    let mut retries = Retries::new(&cx.retries, &cx.budget, &fleet, serving.positions(), asked_for);
     let mut judge = Judge::new(&cx.clock);
     let mut fresh: Option<Chosen<'_>> = None;
+    let mut last = Failure::NoWorker;
     loop {
         let on_fresh = fresh.is_some();
-        let chosen = fresh.take().or_else(|| choose(cx, &account, &fleet, &serving, &asked, &tried));
-        let Some(mut chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
+        let tried = retries.tried();
+        let chosen = fresh.take().or_else(|| choose(cx, &account, &fleet, &serving, &asked, tried));
+        let Some(mut chosen) = chosen else { return refuse(client, &account, &last).await };
+        retries.begin(chosen.position, on_fresh);
         let manner = Manner {
             framing,
             fresh: on_fresh,
             other_kinds: serving.has_other_kinds(),
             demand: chosen.demand,
             listens: asked.listens,
+            ours: matches!(serving, Serving::Admin),
         };
-        match attempt(client, &account, &chosen.worker, body, manner).await {
-            Attempted::Answered(after) => {
-                judge.answered(&chosen.worker, account.status());
-                return after;
-            }
-            Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
-            Attempted::Failed(failure, kept) => {
-                judge.failed(&chosen.worker, &failure);
-                chosen.unsent = failure.is_unsent();
-                // 6. another attempt?
-                match (failure.verdict(), kept) {
-                    (Verdict::Another(reason), Some(kept)) if tried.count() + 1 < MAX_ATTEMPTS => {
-                        cx.metrics().retried(reason);
-                        tried.add(chosen.position);
-                        body = kept;
-                    }
-                    (Verdict::Fresh(reason), Some(kept)) if !on_fresh => {
-                        cx.metrics().retried(reason);
-                        cx.pool.forget(&chosen.worker);
-                        fresh = Some(chosen);
-                        body = kept;
-                    }
-                    (Verdict::OtherKind(reason), Some(kept)) => {
-                        cx.metrics().retried(reason);
-                        let positions = fleet.others();
-                        serving = Serving::Workers { positions, model: None, rename: None, others: false };
-                        body = kept;
-                    }
-                    _ => return refuse(client, &account, &failure).await,
+        let (failure, kept) =
+            match attempt(client, &account, &chosen.worker, body, manner, &mut retries).await {
+                Attempted::Answered(after) => {
+                    judge.answered(&chosen.worker, account.status());
+                    return after;
                 }
+                Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
+                Attempted::Failed(failure, kept) => (failure, kept),
+            };
+        judge.failed(&chosen.worker, &failure);
+        chosen.unsent = failure.is_unsent();
+
+        // 6. another attempt?
+        let next = retries.next(cx, &chosen.worker, &failure, kept.is_some());
+        let Some(kept) = kept else { return refuse(client, &account, &failure).await };
+        body = kept;
+        match next {
+            Next::GiveUp(_) => return refuse(client, &account, &failure).await,
+            Next::Another => {}
+            Next::Fresh => {
+                cx.pool.forget(&chosen.worker);
+                fresh = Some(chosen);
+            }
+            Next::OtherKind => {
+                let positions = fleet.others();
+                serving = Serving::Workers { positions, model: None, rename: None, others: false };
+                retries.serve(positions);
+            }
+            Next::Again(pause_ms) => {
+                // its load is not there while it is waited for
+                drop(chosen);
+                pause(pause_ms).await;
             }
         }
+        last = failure;
     }
+}
+
+/// What may be done with a request (`faults.md` §4).
+fn repeatable(
+    client: &Client<'_>,
+    endpoint: &Endpoint,
+    serving: &Serving<'_>,
+    inspected: &Inspected,
+) -> Repeatable {
+    let request = &client.request;
+    let reads = matches!(request.method(), "GET" | "HEAD");
+    // what the body of one that may be stored says is only known where it was read
+    let stores = endpoint.may_store && inspected.facts().is_none_or(|facts| facts.stores);
+    let always = (endpoint.repeatable && !stores || reads) && request.upgrade().is_none();
+    let listed = matches!(serving, Serving::Workers { model: Some(_), .. });
+    Repeatable { always, generates: endpoint.generates(), listed }
 }
 
 fn ours(cx: &Context, endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {

@@ -23,6 +23,8 @@ enum Weight {
     Fact(Ejection),
     /// It may be the request's doing.
     Suspicion,
+    /// It should be looked at, and nothing more.
+    Doubt,
     /// Nothing: the client left, a resource of ours was short, a rested connection was stale.
     Nothing,
 }
@@ -34,6 +36,7 @@ impl Weight {
             _ if failure.condemns() => Self::Fact(Ejection::EngineDead),
             Failure::Connect(_) | Failure::NoAnswer { reused: true } => Self::Nothing,
             _ if failure.is_transport() => Self::Suspicion,
+            _ if failure.doubts() => Self::Doubt,
             _ => Self::Nothing,
         }
     }
@@ -75,6 +78,7 @@ impl<'a> Judge<'a> {
                 worker.doubt();
                 self.entry(worker);
             }
+            Weight::Doubt => worker.doubt(),
             Weight::Nothing => {}
         }
     }

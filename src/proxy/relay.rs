@@ -213,6 +213,13 @@ pub(super) struct Step {
     surplus: bool,
 }
 
+impl Step {
+    /// Whether the body has ended, and nothing came behind it.
+    pub(super) fn is_clean_end(self) -> bool {
+        self.done && !self.surplus
+    }
+}
+
 impl Framer {
     /// Leaves in `buffer` what is to be sent, and shows the data in it to `seen`. `None`: the coding is broken.
     fn step(&mut self, buffer: &mut Buffer, mut seen: impl FnMut(&[u8])) -> Option<Step> {

@@ -22,6 +22,9 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// Seconds after which a client may try again when no worker is up: the time of a few probes.
 const RETRY_AFTER_SECS: u32 = 5;
 
+/// The same when all are busy.
+const BUSY_SECS: u32 = 1;
+
 /// An answer of ours.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
@@ -192,7 +195,16 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
         Failure::TotalTime => {
             (Answer::error(504, "The request took longer than it may."), Refusal::RequestTimeout)
         }
+        Failure::Busy(_) | Failure::Status(_) => {
+            let mut answer = Answer::error(503, "All workers are busy. Please try again later.");
+            answer.retry_after_secs = Some(BUSY_SECS);
+            (answer, Refusal::Overload)
+        }
         Failure::NoAnswer { .. }
+        | Failure::EngineDead
+        | Failure::ModelLost
+        | Failure::Unbegun(_)
+        | Failure::Aborted
         | Failure::BadAnswer(_)
         | Failure::AnswerCut
         | Failure::AnswerBody

@@ -5,12 +5,18 @@ use std::io;
 use thiserror::Error;
 
 use crate::{
+    base::Millis,
     http::{RequestError, ResponseError},
+    proxy::{
+        RetrySettings,
+        budget::{Budget, Spent},
+        context::Context,
+    },
+    routing::Tried,
     telemetry::{Resource, metrics::Retry},
+    vllm::Unbegun,
+    workers::{Fleet, Worker},
 };
-
-/// Attempts of one exchange at most, however many workers there are.
-pub(super) const MAX_ATTEMPTS: usize = 5;
 
 /// Why an exchange, or one attempt of it, failed.
 #[derive(Debug, Error)]
@@ -69,47 +75,95 @@ pub(super) enum Failure {
     /// An answer that nobody asked for: 101 without an upgrade, or a flood of interim answers.
     #[error("the answer is out of place: {0}")]
     Unexpected(&'static str),
+    /// The worker has too much to do and has done nothing: 429, or vLLM's own 503.
+    #[error("the worker is busy")]
+    Busy(Refusing),
+    /// A status of `--retry-statuses`.
+    #[error("the worker answered {}", .0.status)]
+    Status(Refusing),
+    /// vLLM's 500, or first event, of a server whose engine is dead.
+    #[error("the worker's engine is dead")]
+    EngineDead,
+    /// 404 for a model that the worker has listed.
+    #[error("the worker has lost the model")]
+    ModelLost,
+    /// A 200 that is no answer.
+    #[error("the answer is none: {0}")]
+    Unbegun(Unbegun),
+    /// A whole answer that the worker has broken off (`finish_reason: "abort"`).
+    #[error("the worker aborted the request")]
+    Aborted,
 }
 
-/// What to do after a failed attempt.
+/// An answer by which a worker refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// Tell the client.
-    GiveUp,
-    /// Try another worker, while there is one; the reason is counted.
-    Another(Retry),
-    /// Try the same worker on a fresh connection.
-    Fresh(Retry),
-    /// Try a worker of another kind.
-    OtherKind(Retry),
+pub(super) struct Refusing {
+    pub(super) status: u16,
+    /// How long the worker wants to be left alone, in seconds.
+    pub(super) retry_after_secs: Option<u64>,
 }
 
 impl Failure {
-    /// Whether another attempt is safe (`faults.md` §4). Nothing has been sent to the client yet.
-    pub(super) fn verdict(&self) -> Verdict {
-        match self {
+    /// What another attempt after it is counted as; `None`: there never is one.
+    pub(super) fn reason(&self) -> Option<Retry> {
+        Some(match self {
             // nor would there be a descriptor, or memory, for a connection to another worker
             Self::Connect(error)
                 if matches!(Resource::of(error), Some(Resource::Descriptors | Resource::Memory)) =>
             {
-                Verdict::GiveUp
+                return None;
             }
-            // never seen by a worker
-            Self::Connect(_) => Verdict::Another(Retry::Refused),
-            // a worker that closes an idle connection has not read the request
-            Self::NoAnswer { reused: true } => Verdict::Fresh(Retry::StaleConnection),
-            // nothing was done
-            Self::NoSuchPath => Verdict::OtherKind(Retry::OtherKind),
-            _ => Verdict::GiveUp,
-        }
+            Self::Connect(_) => Retry::Refused,
+            Self::NoAnswer { reused: true } => Retry::StaleConnection,
+            Self::NoAnswer { reused: false } | Self::AnswerCut => Retry::ConnectionLost,
+            Self::NoSuchPath => Retry::OtherKind,
+            Self::Busy(_) => Retry::Busy,
+            Self::Status(_) => Retry::Status,
+            Self::EngineDead | Self::Unbegun(Unbegun::EngineDead) => Retry::EngineDead,
+            Self::ModelLost => Retry::ModelLost,
+            Self::Unbegun(Unbegun::Error) => Retry::ErrorEvent,
+            Self::Aborted | Self::Unbegun(Unbegun::Aborted) => Retry::Aborted,
+            Self::Unbegun(Unbegun::Empty) => Retry::EmptyAnswer,
+            Self::Request(_)
+            | Self::RequestBody
+            | Self::BodyTooLarge { .. }
+            | Self::Late
+            | Self::ClientGone
+            | Self::NoWorker
+            | Self::BadAnswer(_)
+            | Self::AnswerBody
+            | Self::NoHead
+            | Self::Unread
+            | Self::TotalTime
+            | Self::Unexpected(_) => return None,
+        })
     }
 
-    /// Whether the worker is out until a probe says otherwise: no request can bring that about.
+    /// Whether the worker is out until a probe says otherwise. A reused connection that was closed says
+    /// nothing; nor does anything that the client may have caused.
     pub(super) fn condemns(&self) -> bool {
         match self {
             Self::Connect(error) => !ours(error),
+            Self::EngineDead | Self::Unbegun(Unbegun::EngineDead) => true,
             _ => false,
         }
+    }
+
+    /// Whether something looks wrong with the worker, so that it should be looked at now.
+    pub(super) fn doubts(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAnswer { reused: false }
+                | Self::AnswerCut
+                | Self::ModelLost
+                | Self::Aborted
+                | Self::Unbegun(_)
+        )
+    }
+
+    /// The status by which an answer is counted that is passed on although it is this failure.
+    pub(super) fn counted_as(&self, status: u16) -> u16 {
+        if matches!(self, Self::Aborted | Self::Unbegun(_)) { 502 } else { status }
     }
 
     /// Whether the worker has certainly not seen the request.
@@ -137,42 +191,317 @@ fn ours(error: &io::Error) -> bool {
     Resource::of(error).is_some()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What to do after a failed attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Tell the client: the failure, or the answer that was held.
+    GiveUp(Without),
+    /// Try another worker at once.
+    Another,
+    /// Try the same worker at once, on a fresh connection.
+    Fresh,
+    /// Try a worker of another kind.
+    OtherKind,
+    /// Every worker was tried: try one of them again after so many milliseconds.
+    Again(u64),
+}
 
-    fn connect(code: i32) -> Failure {
-        Failure::Connect(io::Error::from_raw_os_error(code))
-    }
+/// Why no further attempt is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Without {
+    /// It would change nothing, or do something twice.
+    Use,
+    /// There are no attempts or no workers left.
+    Chance,
+    /// There are too many over all traffic.
+    Budget,
+}
 
-    #[test]
-    fn what_no_worker_has_seen_goes_to_another() {
-        assert_eq!(connect(libc::ECONNREFUSED).verdict(), Verdict::Another(Retry::Refused));
-        assert_eq!(connect(libc::ETIMEDOUT).verdict(), Verdict::Another(Retry::Refused));
-    }
+/// What a worker's answer has to be asked before it is passed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Question {
+    /// Whether a stream of events begins.
+    Begins,
+    /// Whether a document is there, and was not broken off.
+    Whole,
+    /// Whether a 503 is that of a busy vLLM.
+    Busy,
+    /// Whether a 500 is that of a dead engine.
+    EngineDead,
+    /// Whether a 404 is about the model.
+    ModelLost,
+    /// Nothing more: its status is one of `--retry-statuses`.
+    Nothing,
+}
 
-    #[test]
-    fn a_stale_connection_is_tried_again_fresh_and_a_fresh_one_is_not() {
-        assert_eq!(Failure::NoAnswer { reused: true }.verdict(), Verdict::Fresh(Retry::StaleConnection));
-        assert_eq!(Failure::NoAnswer { reused: false }.verdict(), Verdict::GiveUp);
-    }
+/// What is known of the further attempts of one exchange.
+#[derive(Debug)]
+pub(super) struct Retries<'a> {
+    settings: &'a RetrySettings,
+    budget: &'a Budget,
+    fleet: &'a Fleet,
+    asked: Repeatable,
+    /// Who may serve the request: positions in the fleet; empty where only the control thread may.
+    serving: &'a [usize],
+    tried: Tried,
+    /// Attempts that have begun, without those on a fresh connection in place of a stale one.
+    attempts: u32,
+    pauses: u32,
+    /// A bit for each [`Retry`] that is given one further attempt only and has had it.
+    had: u32,
+    /// The worker of the attempt that runs, and whether it stands in for a stale connection.
+    position: usize,
+    fresh: bool,
+    /// Who wants to be left alone, until when.
+    barred: Vec<(usize, Millis)>,
+    spent: Option<Spent<'a>>,
+    /// What was decided of an answer before it was given up.
+    decided: Option<Next>,
+}
 
-    #[test]
-    fn what_the_client_caused_is_never_tried_again_and_condemns_nobody() {
-        for failure in
-            [Failure::RequestBody, Failure::ClientGone, Failure::Late, Failure::BodyTooLarge { limit: 1 }]
-        {
-            assert_eq!(failure.verdict(), Verdict::GiveUp);
-            assert!(!failure.condemns() && !failure.is_transport());
+/// What a request lets be done with it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Repeatable {
+    /// It may be sent again after a worker has seen it.
+    pub(super) always: bool,
+    /// Its answer is generated text, which tells why it ended.
+    pub(super) generates: bool,
+    /// It names a model that those who may serve it have listed.
+    pub(super) listed: bool,
+}
+
+/// What another attempt costs and may have.
+#[derive(Debug, Clone, Copy)]
+struct Terms {
+    /// It is counted against the budget: the worker has been given work.
+    costs: bool,
+    /// An exchange gets one such attempt.
+    once: bool,
+    /// The workers that were tried may be tried again.
+    again: bool,
+    /// Only on a worker that is usable: there is an answer that would be lost.
+    usable: bool,
+}
+
+impl Failure {
+    fn terms(&self, fresh: bool) -> Terms {
+        let answered = Terms { costs: true, once: false, again: false, usable: true };
+        match self {
+            // what died under a request and cannot even be reached any more may have died of it
+            Self::Connect(_) if fresh => Terms { costs: false, once: true, again: false, usable: false },
+            Self::Connect(_) => Terms { costs: false, once: false, again: true, usable: false },
+            // a request that kills a worker must not go through the whole fleet
+            Self::NoAnswer { .. } | Self::AnswerCut => {
+                Terms { costs: true, once: true, again: false, usable: false }
+            }
+            Self::Status(_) => Terms { again: true, ..answered },
+            Self::EngineDead | Self::ModelLost | Self::Aborted | Self::Unbegun(Unbegun::EngineDead) => {
+                Terms { once: true, ..answered }
+            }
+            _ => answered,
         }
     }
 
-    #[test]
-    fn a_shortage_of_ours_is_not_the_workers_fault() {
-        assert!(connect(libc::ECONNREFUSED).condemns());
-        assert!(!connect(libc::EMFILE).condemns());
-        assert!(!connect(libc::EADDRNOTAVAIL).condemns());
-        assert!(!Failure::NoAnswer { reused: true }.condemns());
-        assert!(!Failure::NoAnswer { reused: false }.condemns(), "the request may have killed it");
+    /// What another attempt is counted as among those that an exchange gets one of.
+    fn once(&self, fresh: bool) -> u32 {
+        let reason = if fresh { Some(Retry::ConnectionLost) } else { self.reason() };
+        reason.map_or(0, |reason| 1 << reason as u32)
+    }
+}
+
+impl<'a> Retries<'a> {
+    /// Before the first attempt. `serving` are positions in the fleet, ascending; none: the control thread.
+    pub(super) fn new(
+        settings: &'a RetrySettings,
+        budget: &'a Budget,
+        fleet: &'a Fleet,
+        serving: &'a [usize],
+        asked: Repeatable,
+    ) -> Self {
+        Self {
+            settings,
+            budget,
+            fleet,
+            asked,
+            serving,
+            tried: Tried::none(),
+            attempts: 0,
+            pauses: 0,
+            had: 0,
+            position: 0,
+            fresh: false,
+            barred: Vec::new(),
+            spent: None,
+            decided: None,
+        }
+    }
+
+    /// The workers that must not be chosen now.
+    pub(super) fn tried(&self) -> &Tried {
+        &self.tried
+    }
+
+    /// Others may serve the request from now on.
+    pub(super) fn serve(&mut self, serving: &'a [usize]) {
+        self.serving = serving;
+        self.tried = Tried::none();
+    }
+
+    /// An attempt on the worker at `position` begins; `fresh`: because a connection was stale.
+    pub(super) fn begin(&mut self, position: usize, fresh: bool) {
+        (self.position, self.fresh) = (position, fresh);
+        self.attempts += u32::from(!fresh);
+    }
+
+    /// Whether a body of so many bytes is kept for another attempt.
+    pub(super) fn keeps(&self, body_bytes: usize) -> bool {
+        self.asked.always && body_bytes as u64 <= self.settings.retry_buffer_bytes
+    }
+
+    /// What an answer of this kind has to be asked before it is passed on; `None` where another attempt cannot be
+    /// made anyway (but for the budget, which is not asked before it is needed).
+    pub(super) fn question(&self, status: u16, events: bool) -> Option<Question> {
+        let question = match status {
+            200 if events => Question::Begins,
+            200 if self.asked.generates => Question::Whole,
+            200..400 => return None,
+            _ if self.settings.is_retried(status) => Question::Nothing,
+            429 | 503 => Question::Busy,
+            500 => Question::EngineDead,
+            404 if self.asked.listed => Question::ModelLost,
+            _ => return None,
+        };
+        let again = question == Question::Nothing;
+        let possible = self.asked.always && self.has_attempts() && (again || self.leaves(true));
+        possible.then_some(question)
+    }
+
+    /// Decides before an answer is given up: whether it is. If so the allowance for another attempt is taken, and
+    /// [`Retries::next`] says the same.
+    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure) -> bool {
+        let next = self.counted(cx, worker, failure, true);
+        self.decided = (!matches!(next, Next::GiveUp(_))).then_some(next);
+        self.decided.is_some()
+    }
+
+    /// What to do after a failed attempt on `worker`; `kept`: the body is there.
+    pub(super) fn next(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
+        let decided = self.decided.take();
+        decided.unwrap_or_else(|| self.counted(cx, worker, failure, kept))
+    }
+
+    /// Decides, counts and tells.
+    fn counted(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
+        let (now, chance) = (cx.clock.now(), cx.chance());
+        let next = self.decide(failure, kept, now, chance, || cx.in_flight());
+        let Some(reason) = failure.reason() else { return next };
+        match next {
+            Next::GiveUp(Without::Use) => {}
+            Next::GiveUp(Without::Chance) => cx.metrics().retries_exhausted(reason),
+            Next::GiveUp(Without::Budget) => cx.metrics().retry_over_budget(),
+            Next::Another | Next::Fresh | Next::OtherKind | Next::Again(_) => cx.metrics().retried(reason),
+        }
+        tracing::debug!(
+            worker = worker.name(),
+            reason = reason.label(),
+            attempts = self.attempts,
+            next = ?next,
+            "an attempt failed"
+        );
+        next
+    }
+
+    fn decide(
+        &mut self,
+        failure: &Failure,
+        kept: bool,
+        now: Millis,
+        chance: f64,
+        in_flight: impl FnOnce() -> u64,
+    ) -> Next {
+        if failure.reason().is_none() || !kept {
+            return Next::GiveUp(Without::Use);
+        }
+        match failure {
+            // nothing was done
+            Failure::NoSuchPath => return Next::OtherKind,
+            // a worker that closes an idle connection has not read the request
+            Failure::NoAnswer { reused: true } if self.asked.always && !self.fresh => return Next::Fresh,
+            _ => {}
+        }
+        let terms = failure.terms(self.fresh);
+        let unseen = failure.is_unsent() && !self.fresh;
+        if !unseen && !self.asked.always {
+            return Next::GiveUp(Without::Use);
+        }
+        if let Failure::Busy(Refusing { retry_after_secs: Some(seconds), .. })
+        | Failure::Status(Refusing { retry_after_secs: Some(seconds), .. }) = failure
+        {
+            self.barred.push((self.position, now.saturating_add(seconds.saturating_mul(1000))));
+        }
+        let once = if terms.once { failure.once(self.fresh) } else { 0 };
+        if self.had & once != 0 || !self.has_attempts() {
+            return Next::GiveUp(Without::Chance);
+        }
+        let pause = match self.leaves(terms.usable) {
+            true => None,
+            false if terms.again => match self.pause(now, chance) {
+                Some(pause) => Some(pause),
+                None => return Next::GiveUp(Without::Chance),
+            },
+            false => return Next::GiveUp(Without::Chance),
+        };
+        // what was spent on the attempt that has ended comes first
+        self.spent = None;
+        if terms.costs {
+            self.spent = self.budget.begin(now, in_flight());
+            if self.spent.is_none() {
+                return Next::GiveUp(Without::Budget);
+            }
+        }
+        self.had |= once;
+        match pause {
+            None => {
+                self.tried.add(self.position);
+                Next::Another
+            }
+            Some(pause) => {
+                self.pauses += 1;
+                self.tried = Tried::none();
+                for &position in self.serving {
+                    if self.barred_until(position) > now.saturating_add(pause) {
+                        self.tried.add(position);
+                    }
+                }
+                Next::Again(pause)
+            }
+        }
+    }
+
+    fn has_attempts(&self) -> bool {
+        self.attempts < self.settings.attempts()
+    }
+
+    /// Whether there is a worker that was not tried; `usable`: one that takes requests in the ordinary way.
+    fn leaves(&self, usable: bool) -> bool {
+        self.serving.iter().any(|&position| {
+            position != self.position
+                && !self.tried.contains(position)
+                && (!usable || self.fleet.workers.get(position).is_some_and(|worker| worker.usable()))
+        })
+    }
+
+    /// How long to wait before those that were tried are tried again; `None`: one of them would have to be asked
+    /// before the time that it has named, or the wait would be too long.
+    fn pause(&self, now: Millis, chance: f64) -> Option<u64> {
+        let pause = self.settings.backoff().pause_ms(self.pauses, chance);
+        let waits = self.serving.iter().map(|&position| self.barred_until(position).saturating_sub(now));
+        let wait = pause.max(waits.min().unwrap_or(0));
+        (wait <= pause.max(self.settings.retry_max_backoff_ms)).then_some(wait)
+    }
+
+    fn barred_until(&self, position: usize) -> Millis {
+        let until = self.barred.iter().filter(|(barred, _)| *barred == position).map(|(_, until)| *until);
+        until.max().unwrap_or(0)
     }
 }

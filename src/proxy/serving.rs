@@ -24,7 +24,15 @@ pub(super) enum Serving<'a> {
     },
 }
 
-impl Serving<'_> {
+impl<'a> Serving<'a> {
+    /// The workers' positions in the fleet; none: the control thread.
+    pub(super) fn positions(&self) -> &'a [usize] {
+        match self {
+            Self::Admin => &[],
+            Self::Workers { positions, .. } => positions,
+        }
+    }
+
     pub(super) fn has_other_kinds(&self) -> bool {
         matches!(self, Self::Workers { others: true, .. })
     }

@@ -27,7 +27,8 @@ impl Tried {
         self.0.len()
     }
 
-    fn contains(&self, position: usize) -> bool {
+    /// Whether the worker at `position` failed.
+    pub fn contains(&self, position: usize) -> bool {
         self.0.contains(&position)
     }
 }

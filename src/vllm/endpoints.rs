@@ -77,6 +77,10 @@ pub struct Endpoint {
     pub error_shape: ErrorShape,
     /// Whether a worker that has done it has nothing in its prefix cache any more.
     pub empties_cache: bool,
+    /// Whether a request may be sent again after a worker has seen it: it changes nothing but the worker's load.
+    pub repeatable: bool,
+    /// Whether its body may ask for the answer to be kept, by `store` or `background`: then it is not repeatable.
+    pub may_store: bool,
     /// One line for the reference in README.
     pub summary: &'static str,
     /// Value of the label `endpoint` of metrics.
@@ -96,6 +100,11 @@ impl Endpoint {
     /// the worker's to say that there is no such path.
     pub fn is_known(&self) -> bool {
         self.index < TABLE.len()
+    }
+
+    /// Whether a worker generates text for it: such an answer tells why it ended.
+    pub fn generates(&self) -> bool {
+        self.prefills && self.error_shape != ErrorShape::Pooling
     }
 
     /// What stands in `path`, which must be one of this endpoint, in place of `{id}`.
@@ -121,6 +130,7 @@ pub static OTHER: Endpoint = Endpoint {
     label: "other",
     methods: &[],
     prefills: false,
+    repeatable: false,
     ..row("", POST, JSON, ErrorShape::OpenAi, "anything else")
 };
 
@@ -183,8 +193,20 @@ const fn row(
     summary: &'static str,
 ) -> Endpoint {
     let prefills = matches!(treatment, Treatment::Route(ModelSource::Json));
-    let (empties_cache, label) = (false, path);
-    Endpoint { path, methods, treatment, error_shape, prefills, empties_cache, summary, label, index: 0 }
+    let repeatable = matches!(treatment, Treatment::Route(_));
+    Endpoint {
+        path,
+        methods,
+        treatment,
+        error_shape,
+        empties_cache: false,
+        repeatable,
+        may_store: false,
+        summary,
+        label: path,
+        prefills,
+        index: 0,
+    }
 }
 
 /// What is turned into tokens or back, but not computed.
@@ -206,6 +228,11 @@ const fn emptying(row: Endpoint) -> Endpoint {
     Endpoint { empties_cache: true, ..row }
 }
 
+/// A row whose answers may be asked to be kept.
+const fn storing(row: Endpoint) -> Endpoint {
+    Endpoint { may_store: true, ..row }
+}
+
 const fn pooling(path: &'static str, summary: &'static str) -> Endpoint {
     row(path, POST, JSON, ErrorShape::Pooling, summary)
 }
@@ -216,7 +243,7 @@ const ROWS: &[Endpoint] = &numbered([
     openai("/v1/chat/completions", POST, JSON, "chat"),
     openai("/v1/chat/completions/batch", POST, JSON, "several chats in one request"),
     openai("/v1/completions", POST, JSON, "completion of text or tokens"),
-    openai("/v1/responses", POST, JSON, "responses; one that continues another goes to the worker that holds it"),
+    storing(openai("/v1/responses", POST, JSON, "responses; one that continues another goes to the worker that holds it")),
     openai("/v1/responses/{id}", GET, Treatment::Sticky, "a stored response"),
     openai("/v1/responses/{id}/cancel", POST, Treatment::Sticky, "cancels a background response"),
     row("/v1/messages", POST, JSON, ErrorShape::Anthropic, "Anthropic's messages"),
@@ -430,6 +457,19 @@ mod tests {
         }
         assert_eq!((OTHER.index(), OTHER.label), (TABLE.len(), "other"));
         assert!(!OTHER.is_known() && !OTHER_METHOD.is_known());
+    }
+
+    #[test]
+    fn what_changes_a_worker_is_not_repeatable_and_what_is_computed_is() {
+        for endpoint in TABLE.iter().chain([&OTHER, &OTHER_METHOD]) {
+            let routed = endpoint.is_known() && matches!(endpoint.treatment, Treatment::Route(_));
+            assert_eq!(endpoint.repeatable, routed, "{}", endpoint.path);
+        }
+        assert!(lookup("POST", "/v1/chat/completions").repeatable && lookup("POST", "/tokenize").repeatable);
+        for path in ["/v1/files", "/v1/batches", "/sleep", "/v1/load_lora_adapter", "/v1/responses/r/cancel"]
+        {
+            assert!(!lookup("POST", path).repeatable, "{path}");
+        }
     }
 
     #[test]

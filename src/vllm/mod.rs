@@ -5,6 +5,7 @@
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
 //! - [`models`]: model lists and versions of many workers made into those of one;
 //! - [`engine`]: what a server says of its engines, in `/metrics` and beside an answer;
+//! - [`opening`]: whether an answer has begun to say anything;
 //! - [`usage`]: how many tokens an answer took;
 //! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
@@ -18,6 +19,7 @@ pub mod errors;
 pub mod facts;
 pub mod models;
 pub mod multipart;
+pub mod opening;
 pub mod usage;
 
 #[cfg(test)]
@@ -33,4 +35,7 @@ pub use engine::{EngineReport, Figures, parse_engines, parse_orca};
 pub use facts::{Facts, Key, ModelFact, Ranges, json_field, scan_json};
 pub use models::{ModelCard, lowest_version, merge_models, parse_models};
 pub use multipart::{ModelField, MultipartFact, boundary, query_model};
+pub use opening::{
+    Opening, Unbegun, is_aborted, is_busy, is_engine_dead, is_unknown_model, opening_of_events,
+};
 pub use usage::{Usage, usage_of_events, usage_of_tail};

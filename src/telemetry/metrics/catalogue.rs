@@ -191,6 +191,23 @@ pub const CATALOGUE: &[Row] = &[
         }),
     },
     Row {
+        name: "vllm_proxy_retries_exhausted",
+        help: "Failures that were passed on because there was no further attempt or no other worker left, by what another attempt would have been made for",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            Retry::ALL.iter().try_for_each(|reason| {
+                let count = scrape.metrics.sum(|shard| shard.exhausted(*reason));
+                counter(metric, &[("reason", reason.label())], count)
+            })
+        }),
+    },
+    Row {
+        name: "vllm_proxy_retries_over_budget",
+        help: "Failures that were passed on because too many requests were being tried again already",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sum(|shard| shard.over_budget())),
+    },
+    Row {
         name: "vllm_proxy_refused_requests",
         help: "Requests that got an error of the proxy's own, by reason",
         kind: Kind::Counter,

@@ -174,6 +174,11 @@ impl Metrics {
         &self.shards[index]
     }
 
+    /// Requests that are being served now, over all shards.
+    pub fn in_flight(&self) -> u64 {
+        self.sum(|shard| shard.in_flight())
+    }
+
     /// Says once which kernel interface drives the sockets: `io_uring` or `epoll`.
     pub fn set_io_backend(&self, backend: &'static str) {
         self.backend.get_or_init(|| backend);

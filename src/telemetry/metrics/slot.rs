@@ -89,6 +89,22 @@ labels! {
         StaleConnection = "stale_connection",
         /// The worker does not have the path; one of another kind may.
         OtherKind = "other_kind",
+        /// A fresh connection died after the request was sent, before an answer had begun.
+        ConnectionLost = "connection_lost",
+        /// The worker had too much to do: 429, or vLLM's own 503.
+        Busy = "busy",
+        /// A status of `--retry-statuses`.
+        Status = "status",
+        /// The worker's engine is dead.
+        EngineDead = "engine_dead",
+        /// The worker does not have a model any more that it had listed.
+        ModelLost = "model_lost",
+        /// An error stood where the text should begin.
+        ErrorEvent = "error_event",
+        /// The worker broke the request off (`finish_reason: "abort"`).
+        Aborted = "aborted",
+        /// The answer ended without having said anything.
+        EmptyAnswer = "empty_answer",
     }
 }
 
@@ -215,6 +231,8 @@ pub struct ShardMetrics {
     ttfb: [AtomicU64; TTFB_BUCKETS_MICROS.len() + 1],
     ttfb_sum_micros: AtomicU64,
     retries: [AtomicU64; Retry::ALL.len()],
+    retries_exhausted: [AtomicU64; Retry::ALL.len()],
+    retries_over_budget: AtomicU64,
     refusals: [AtomicU64; Refusal::ALL.len()],
     breaks: [AtomicU64; Break::ALL.len()],
     panics: AtomicU64,
@@ -255,6 +273,8 @@ impl ShardMetrics {
             ttfb: zeros(),
             ttfb_sum_micros: AtomicU64::new(0),
             retries: zeros(),
+            retries_exhausted: zeros(),
+            retries_over_budget: AtomicU64::new(0),
             refusals: zeros(),
             breaks: zeros(),
             panics: AtomicU64::new(0),
@@ -312,6 +332,16 @@ impl ShardMetrics {
     /// Another attempt is made.
     pub fn retried(&self, reason: Retry) {
         add(&self.retries[reason as usize], 1);
+    }
+
+    /// Another attempt would have been made, but there were no attempts or workers left.
+    pub fn retries_exhausted(&self, reason: Retry) {
+        add(&self.retries_exhausted[reason as usize], 1);
+    }
+
+    /// Another attempt would have been made, but there were too many over all traffic.
+    pub fn retry_over_budget(&self) {
+        add(&self.retries_over_budget, 1);
     }
 
     /// A request was answered with an error of our own.
@@ -397,6 +427,14 @@ impl ShardMetrics {
 
     pub(super) fn retries(&self, reason: Retry) -> u64 {
         read(&self.retries[reason as usize])
+    }
+
+    pub(super) fn exhausted(&self, reason: Retry) -> u64 {
+        read(&self.retries_exhausted[reason as usize])
+    }
+
+    pub(super) fn over_budget(&self) -> u64 {
+        read(&self.retries_over_budget)
     }
 
     pub(super) fn refusals(&self, reason: Refusal) -> u64 {

@@ -20,6 +20,8 @@ pub struct Facts {
     pub stream: bool,
     /// Whether it continues a stored response, which only one worker holds.
     pub previous_response_id: bool,
+    /// Whether the response is to be stored or made in the background, so that it is never asked for twice.
+    pub stores: bool,
     /// Where the values lie that matter for routing.
     pub prompt: Ranges,
     /// Whether the object was seen from brace to brace; else `prompt` is what was found until then.
@@ -200,6 +202,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         model: ModelFact::NotAString,
         stream: false,
         previous_response_id: false,
+        stores: false,
         prompt: Ranges::default(),
         complete: false,
         open: None,
@@ -211,6 +214,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         facts.model = model(value(Key::Model), facts.prompt.get(Key::Model));
     }
     facts.stream = truth(value(Key::Stream));
+    facts.stores = truth(value(Key::Store)) || truth(value(Key::Background));
     facts.previous_response_id = value(Key::PreviousResponseId).first() == Some(&b'"');
     facts
 }
