@@ -31,7 +31,7 @@ impl Running {
             model_refresh_secs: 0.1,
             dns_refresh_secs: 30.0,
             engine_stats_interval: 0.1,
-            worker_api_key: None,
+            ..Settings::defaults()
         };
         edit(&mut settings);
         let registry = Registry::new(specs, ModelSettings::default());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    workers::{Fleet, Health, Worker},
+    workers::{Fleet, Worker},
 };
 
 /// The workers that earlier attempts of an exchange have failed on.
@@ -101,7 +101,7 @@ impl<'a> Candidates<'a> {
         let stand_in = scratch.is_empty() && terms.panics;
         if stand_in {
             let awake = || untried().filter(|&position| !workers[position].rests());
-            scratch.extend(awake().filter(|&position| answers(&workers[position])));
+            scratch.extend(awake().filter(|&position| workers[position].answers()));
             if scratch.is_empty() {
                 scratch.extend(awake());
             }
@@ -155,11 +155,6 @@ impl<'a> Candidates<'a> {
     }
 }
 
-/// Whether its server answered the last time that it was asked.
-fn answers(worker: &Worker) -> bool {
-    matches!(worker.health(), Health::Up | Health::Ejected)
-}
-
 /// Leaves out some of those that have been up for less than the longest, by chance.
 fn warm_up(workers: &[Arc<Worker>], positions: &mut Vec<usize>, terms: &Terms) {
     let whole = terms.slow_start_ms as f64;
@@ -206,7 +201,9 @@ mod tests {
     use super::*;
     use crate::{
         routing::policies::tests::{fleet, fleet_of},
-        workers::{BreakerRules, Demand, EngineStats, InFlight, ModelSettings, Registry, Rest, Traits},
+        workers::{
+            BreakerRules, Demand, EngineStats, Health, InFlight, ModelSettings, Registry, Rest, Traits,
+        },
     };
 
     fn positions(fleet: &Fleet, tried: &Tried) -> Vec<usize> {

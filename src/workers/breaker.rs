@@ -502,7 +502,8 @@ mod tests {
     fn of_many_threads_one_has_the_trial() {
         use std::sync::atomic::AtomicUsize;
         let breaker = Arc::new(Breaker::new(BreakerRules { successes: u32::MAX, ..RULES }));
-        (0..4).for_each(|_| drop(breaker.failed(0)));
+        let opened_first = (0..4).map(|_| breaker.failed(0)).last();
+        assert_eq!(opened_first, Some(Turn::Opened(1_000)));
         let (holders, held, opened) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for thread in 0..4 {

@@ -247,6 +247,11 @@ impl Worker {
         self.health() == Health::Up
     }
 
+    /// Whether its server answered the last time that it was asked.
+    pub fn answers(&self) -> bool {
+        matches!(self.health(), Health::Up | Health::Ejected)
+    }
+
     /// Whether it is given requests in the ordinary way: it is up, neither sleeps nor is paused, and its breaker
     /// lets them through.
     pub fn serves(&self, now: Millis) -> bool {
