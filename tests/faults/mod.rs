@@ -1,0 +1,4 @@
+//! The rows of the fault table: what each fault leads to. A test's name begins with the row's id.
+
+mod breaker;
+mod health;
