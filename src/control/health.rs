@@ -311,8 +311,8 @@ fn answers(health: Health) -> bool {
 }
 
 /// Whether the server of `worker` may be ejected for what its probes were like: of every model that it serves
-/// (where none is known: of the fleet) another worker is up, and with it no more than `share` are ejected.
-pub(super) fn may_eject(fleet: &Fleet, worker: &Worker, share: f64) -> bool {
+/// (where none is known: of the fleet) another worker can serve, and with it no more than `share` are ejected.
+pub(super) fn may_eject(fleet: &Fleet, worker: &Worker, now: Millis, share: f64) -> bool {
     let all: Vec<usize> = (0..fleet.workers.len()).collect();
     let of_models = fleet.models().iter().map(|model| &model.workers[..]);
     let groups = if fleet.models().is_empty() { vec![&all[..]] } else { of_models.collect() };
@@ -321,7 +321,7 @@ pub(super) fn may_eject(fleet: &Fleet, worker: &Worker, share: f64) -> bool {
         let (own, others): (Vec<_>, Vec<_>) =
             group.iter().filter_map(at).partition(|other| other.shares_server(worker));
         let ejected = others.iter().filter(|other| other.health() == Health::Ejected).count() + own.len();
-        let another = others.iter().any(|other| other.usable());
+        let another = others.iter().any(|other| other.serves(now));
         own.is_empty() || another && ejected as f64 <= share * (own.len() + others.len()) as f64
     })
 }
@@ -600,7 +600,7 @@ mod tests {
         others.iter().for_each(|&(at, health)| {
             fleet.workers[at].set_health(health);
         });
-        may_eject(&fleet, &fleet.workers[0], share)
+        may_eject(&fleet, &fleet.workers[0], 0, share)
     }
 
     #[test]
@@ -625,9 +625,9 @@ mod tests {
         registry.publish();
         let fleet = registry.handle().load_full();
         fleet.workers.iter().for_each(|worker| worker.came_up(0));
-        assert!(may_eject(&fleet, &fleet.workers[0], 0.5));
+        assert!(may_eject(&fleet, &fleet.workers[0], 0, 0.5));
         fleet.workers[3].set_health(Down);
-        assert!(!may_eject(&fleet, &fleet.workers[0], 0.5), "nobody else has b");
-        assert!(may_eject(&fleet, &fleet.workers[1], 0.5));
+        assert!(!may_eject(&fleet, &fleet.workers[0], 0, 0.5), "nobody else has b");
+        assert!(may_eject(&fleet, &fleet.workers[1], 0, 0.5));
     }
 }

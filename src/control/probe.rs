@@ -137,7 +137,7 @@ fn eject(control: &Control, worker: &Worker, watch: &mut Watch, now: Millis) {
         Ejection::ResponseTime => "its probes take too long",
         _ => "too many of its probes failed",
     };
-    if !may_eject(&control.fleet.load(), worker, control.pace.max_ejected_share) {
+    if !may_eject(&control.fleet.load(), worker, now, control.pace.max_ejected_share) {
         tracing::debug!(worker = %worker.url(), reason, "worker is not ejected, because too few others are left");
         return;
     }

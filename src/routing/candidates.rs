@@ -73,9 +73,10 @@ const FIRST_SHARE: f64 = 0.1;
 
 impl<'a> Candidates<'a> {
     /// Those of `serving` (positions in the fleet, ascending) that are up and have not been tried, whose breaker
-    /// lets requests through, and who are awake. Where none is left the least bad stand in, unless the terms forbid
-    /// it: who is up with an open breaker or was ejected for its probes, then whoever is down. So the last worker is
-    /// never taken out, and a wrong verdict about all of them costs one refused connect. Who sleeps or is paused
+    /// lets requests through, and who are awake; where none is left, those of them that were ejected for their probes.
+    /// Where none of these is left either, the least bad stand in, unless the terms forbid it: who is up with an open
+    /// breaker, then whoever is down. So the last worker is never taken out, and a wrong verdict about all of them
+    /// costs one refused connect. Who sleeps or is paused
     /// never stands in: it would let the request wait for ever.
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
@@ -98,6 +99,9 @@ impl<'a> Candidates<'a> {
         let untried = || serving.iter().copied().filter(|&position| !tried.contains(position));
         scratch.clear();
         scratch.extend(untried().filter(|&position| workers[position].serves(terms.now)));
+        if scratch.is_empty() {
+            scratch.extend(untried().filter(|&position| workers[position].could_serve(terms.now)));
+        }
         let stand_in = scratch.is_empty() && terms.panics;
         if stand_in {
             let awake = || untried().filter(|&position| !workers[position].rests());
@@ -290,16 +294,17 @@ mod tests {
         let ordinary = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
         assert_eq!((ordinary.positions(), ordinary.stand_in()), (&[3][..], false));
         tried.add(3);
-        let bad = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
-        assert_eq!((bad.positions(), bad.stand_in()), (&[0, 1][..], true));
-        tried.add(0);
-        tried.add(1);
-        assert_eq!(positions_on(&fleet, &tried, &at(0)), [2], "then who is down");
         let strict = Terms { panics: false, ..at(0) };
+        assert_eq!(positions_on(&fleet, &tried, &strict), [1], "to be ejected is no reason to refuse");
+        tried.add(1);
         assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        let bad = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
+        assert_eq!((bad.positions(), bad.stand_in()), (&[0][..], true));
+        tried.add(0);
+        assert_eq!(positions_on(&fleet, &tried, &at(0)), [2], "then who is down");
         let mut tried = Tried::none();
         tried.add(3);
-        assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        tried.add(1);
         assert_eq!(
             positions_on(&fleet, &tried, &Terms { now: 60_000, ..strict }),
             [0],

@@ -258,6 +258,11 @@ impl Worker {
         self.usable() && !self.rests() && self.breaker.admits(now)
     }
 
+    /// As [`Worker::serves`], but also true of one that was ejected for its probes.
+    pub fn could_serve(&self, now: Millis) -> bool {
+        self.answers() && !self.rests() && self.breaker.admits(now)
+    }
+
     /// The breaker of its server.
     pub fn breaker(&self) -> &Arc<Breaker> {
         &self.breaker
