@@ -67,6 +67,8 @@ pub(super) fn failed(worker: &Worker, error: &AttemptError) {
     if matches!(error, AttemptError::Connect(_)) && worker.answers() {
         worker.set_health(Health::Down);
         worker.counters().ejected(Ejection::Connect);
+    } else {
+        worker.doubt();
     }
 }
 

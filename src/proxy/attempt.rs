@@ -216,6 +216,8 @@ async fn run(
         }
         Relayed::Broken => {
             worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+            // it may have died, or the request was at fault: a probe tells
+            worker.doubt();
             if closes {
                 // only a reset tells that this is not the end of the answer
                 outlet.writer.break_off();

@@ -6,7 +6,8 @@ use std::sync::{
 };
 
 use crate::support::{
-    Gate, Proxy, Worker, answer, client, dead_url, eventually, json_answer, proxy, script, variants, worker,
+    Gate, Proxy, Worker, answer, client, dead_url, eventually, json_answer, proxy, script, sse_event,
+    variants, worker, worker::sse_head,
 };
 
 /// An hour.
@@ -123,6 +124,34 @@ variants! {
         eventually("it is probed", || probes(&worker, "/health") > probed);
         eventually("its models are learnt anew", || probes(&worker, "/v1/models") > learnt);
         assert!(uses(&proxy, &worker));
+    }
+
+    fn u4_a_stream_that_breaks_has_the_worker_probed(v: Variant) {
+        let events = script().send(sse_head()).send(sse_event("one")).reset();
+        let worker = worker().on("/v1/chat/completions", events).start();
+        let proxy = proxy(v).worker(&worker).arg("--health-check-interval-secs", NEVER).start();
+        let probed = probes(&worker, "/health");
+        let mut client = proxy.client();
+        client.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        client.read_until("\"one\"");
+        eventually("it is probed", || probes(&worker, "/health") > probed);
+        assert!(uses(&proxy, &worker), "it answers");
+        let mut client = proxy.client();
+        worker.set_health("503 Service Unavailable");
+        client.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        eventually("a worker that died is out", || !uses(&proxy, &worker));
+    }
+
+    fn u22_a_worker_that_was_away_for_long_is_back_with_its_first_good_probe(v: Variant) {
+        let worker = worker().start();
+        let proxy = proxy(v).worker(&worker).arg("--cb-failure-threshold", "2").start();
+        worker.go_down();
+        for _ in 0..20 {
+            assert!(matches!(proxy.client().chat("m").status, 502 | 503));
+        }
+        worker.come_back();
+        eventually("it is ready", || proxy.get("/readyz").status == 200);
+        proxy.client().chat("m").expect(200);
     }
 
     fn u18_who_sleeps_is_sent_nothing_and_all_asleep_is_a_503(v: Variant) {
