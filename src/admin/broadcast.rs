@@ -77,8 +77,8 @@ async fn broadcast(admin: &Admin, rule: Aggregate, empties_cache: bool, request:
         let done = workers.iter().zip(&answers).filter(|(_, answer)| has_done(answer));
         done.for_each(|(worker, _)| worker.cache_lost());
     }
-    if changes_models(head.uri.path()) {
-        // Whoever loads an adapter uses it with the next request.
+    if changes_models(head.uri.path()) || changes_rest(head.uri.path()) {
+        // Whoever loads an adapter uses it with the next request; who sleeps is sent none.
         join_all(workers.iter().map(|worker| admin.control.learn_again(worker))).await;
     }
     answer(rule, only_good(&head.method, answers))
@@ -152,6 +152,11 @@ fn model(body: &[u8]) -> Option<String> {
 /// Whether the workers' lists of models may be others afterwards.
 fn changes_models(path: &str) -> bool {
     path.contains("lora_adapter") || path.starts_with("/adapters")
+}
+
+/// Whether the workers may rest, or no longer rest, afterwards.
+fn changes_rest(path: &str) -> bool {
+    matches!(path, "/sleep" | "/wake_up" | "/pause" | "/resume")
 }
 
 #[cfg(test)]

@@ -64,9 +64,11 @@ pub(super) fn copy(parts: &request::Parts, body: Body) -> Request<Body> {
 pub(super) fn failed(worker: &Worker, error: &AttemptError) {
     worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
     tracing::debug!(worker = worker.name(), %error, "attempt of an admin request failed");
-    if matches!(error, AttemptError::Connect(_)) && worker.usable() {
+    if matches!(error, AttemptError::Connect(_)) && worker.answers() {
         worker.set_health(Health::Down);
         worker.counters().ejected(Ejection::Connect);
+    } else {
+        worker.doubt();
     }
 }
 

@@ -141,7 +141,7 @@ fn methods(names: &[&str]) -> Option<MethodFilter> {
 }
 
 impl Admin {
-    /// The servers to ask, by the workers that lead them: those that are usable, or all if none is; `of` says
+    /// The servers to ask, by the workers that lead them: those that answer, or all if none does; `of` says
     /// which model they must have.
     fn servers(&self, of: Option<&str>) -> Vec<Arc<Worker>> {
         let fleet = self.control.fleet().load();
@@ -151,7 +151,7 @@ impl Admin {
         };
         let all = positions.into_iter().filter_map(|at| fleet.workers.get(at).cloned());
         let all = all.filter(|worker| worker.leads());
-        let (usable, others): (Vec<_>, Vec<_>) = all.partition(|worker| worker.usable());
+        let (usable, others): (Vec<_>, Vec<_>) = all.partition(|worker| worker.answers());
         if usable.is_empty() { others } else { usable }
     }
 

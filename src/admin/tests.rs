@@ -63,7 +63,7 @@ impl Running {
             model_refresh_secs: 3600.0,
             dns_refresh_secs: 3600.0,
             engine_stats_interval: 0.0,
-            worker_api_key: None,
+            ..Settings::defaults()
         };
         let registry = Registry::new(specs, models);
         let fleet = registry.handle();

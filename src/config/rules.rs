@@ -29,6 +29,9 @@ const MAX_SHARDS: usize = 1024;
 /// More data-parallel ranks than any vLLM server has.
 const MAX_RANKS: u32 = 1024;
 
+/// Probes that a judgement may need: more than a day of them.
+const MAX_PROBES: u32 = 1000;
+
 /// Idle connections per shard and worker; the ports of one address are 65,536.
 const MAX_POOL: usize = 65_536;
 
@@ -132,6 +135,16 @@ pub(super) const RULES: &[Rule] = &[
 
     Rule { id: "health_check_interval_secs", allowed: INTERVAL, check: |c| interval(c.control.health_check_interval_secs) },
     Rule { id: "health_check_timeout_secs", allowed: INTERVAL, check: |c| interval(c.control.health_check_timeout_secs) },
+    Rule { id: "health_check_success_threshold", allowed: "a whole number from 1 to 1000", check: |c| within(c.control.health_check_success_threshold, 1..=MAX_PROBES) },
+    Rule { id: "health_check_consecutive_failures", allowed: "a whole number from 1 to 1000", check: |c| within(c.control.health_check_consecutive_failures, 1..=MAX_PROBES) },
+    Rule { id: "health_check_window_size", allowed: "a whole number from 0 to 1000", check: |c| within(c.control.health_check_window_size, 0..=MAX_PROBES as usize) },
+    Rule { id: "health_check_min_success_rate", allowed: "a number from 0 to 1", check: |c| within(c.control.health_check_min_success_rate, 0.0..=1.0) },
+    Rule { id: "health_check_max_response_time", allowed: INTERVAL, check: |c| interval(c.control.health_check_max_response_time) },
+    Rule { id: "health_check_max_ejected_share", allowed: "a number from 0 to 1", check: |c| within(c.control.health_check_max_ejected_share, 0.0..=1.0) },
+    Rule { id: "static_backend_health_checks", allowed: SWITCH, check: |_| Ok(()) },
+    Rule { id: "static_model_types", allowed: "chat, completion, embeddings, rerank, score, transcription, vision or messages, or one of them for each worker, separated by commas", check: model_types },
+    Rule { id: "static_backend_health_check_interval", allowed: INTERVAL, check: |c| interval(c.control.static_backend_health_check_interval) },
+    Rule { id: "static_backend_health_check_timeout_seconds", allowed: INTERVAL, check: |c| interval(c.control.static_backend_health_check_timeout_seconds) },
     Rule { id: "model_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.model_refresh_secs) },
     Rule { id: "dns_refresh_secs", allowed: INTERVAL, check: |c| interval(c.control.dns_refresh_secs) },
     Rule { id: "engine_stats_interval", allowed: INTERVAL_OR_ZERO, check: |c| interval_or_zero(c.control.engine_stats_interval) },
@@ -181,6 +194,16 @@ fn interval(seconds: f64) -> Result<(), String> {
 
 fn interval_or_zero(seconds: f64) -> Result<(), String> {
     if seconds == 0.0 { Ok(()) } else { interval(seconds) }
+}
+
+/// Without workers (a demonstration brings its own) any number fits.
+fn model_types(config: &Config) -> Result<(), String> {
+    let types = &config.control.static_model_types;
+    let servers: HashSet<_> = config.worker_urls.iter().map(|server| &server.url).collect();
+    if types.len() == 1 || servers.is_empty() || types.len() == servers.len() {
+        return Ok(());
+    }
+    Err(types.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
 }
 
 fn worker_urls(config: &Config) -> Result<(), String> {

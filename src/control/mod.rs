@@ -5,17 +5,19 @@
 //! `names` resolves its host, `scrape` reads its figures; what they learn holds for all its data-parallel ranks.
 //! What they find is published as a new [`Fleet`](crate::workers::Fleet), or set in the
 //! worker's atomics. Shards answer with the only thing that they know better: a transport error marks a worker
-//! down, and its loop sees that within a quarter of a second.
+//! down or doubts it, and its loop sees that within a tenth of a second.
 //!
 //! The admin endpoints run on this thread too; they are handed in as a [`Service`], because this module knows
 //! nothing of them.
 
 mod attempt;
+mod dummies;
 mod figures;
 mod health;
 mod models;
 mod names;
 mod probe;
+mod rest;
 mod scrape;
 mod settings;
 
@@ -43,7 +45,10 @@ pub use settings::Settings;
 use crate::base::Clock;
 use crate::workers::{FleetHandle, Registry, Worker};
 
+use dummies::Plan;
+use health::Rules;
 use models::Book;
+use rest::Silent;
 use scrape::Scrape;
 
 /// Lookups that may block a thread of the runtime's pool at a time; a worker has at most one.
@@ -88,6 +93,12 @@ pub struct Control {
     workers: Vec<Arc<Worker>>,
     /// By position: asks for a lookup ahead of time.
     lookups: Vec<Notify>,
+    /// By position: asks for a look at its models, and whether it rests, ahead of time.
+    doubts: Vec<Notify>,
+    /// By position: what the server is not asked any more.
+    silent: Vec<Silent>,
+    /// Real requests to workers; `None`: nobody is sent any.
+    plan: Option<Plan>,
     /// By position; `None` where the worker does not lead its server, or nobody looks at figures.
     scrapes: Vec<Option<Scrape>>,
     book: Book,
@@ -96,7 +107,10 @@ pub struct Control {
 /// [`Settings`] as durations. A setting of nonsense (negative, infinite) or below 10 ms counts as 10 ms.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
-    probe_interval: Duration,
+    /// What a worker's probes mean.
+    rules: Rules,
+    /// Share of a model's workers that may be ejected for what their probes were like.
+    max_ejected_share: f64,
     /// Also the limit of a look at `/v1/models`.
     probe_limit: Duration,
     models_interval: Duration,
@@ -108,7 +122,15 @@ struct Pace {
 impl Pace {
     fn new(settings: &Settings) -> Self {
         Self {
-            probe_interval: duration(settings.health_check_interval_secs),
+            rules: Rules {
+                interval_ms: millis(duration(settings.health_check_interval_secs)),
+                late_probes: settings.health_check_consecutive_failures,
+                good_probes: settings.health_check_success_threshold,
+                window: settings.health_check_window_size,
+                min_success_rate: settings.health_check_min_success_rate,
+                max_response_ms: millis(duration(settings.health_check_max_response_time)),
+            },
+            max_ejected_share: settings.health_check_max_ejected_share,
             probe_limit: duration(settings.health_check_timeout_secs),
             models_interval: duration(settings.model_refresh_secs),
             names_interval: duration(settings.dns_refresh_secs),
@@ -126,6 +148,10 @@ fn duration(seconds: f64) -> Duration {
     /// Far beyond any sensible interval, and safe to add to a point in time.
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
     Duration::try_from_secs_f64(seconds).unwrap_or_default().clamp(Duration::from_millis(10), YEAR)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A number in 0..1 that differs from call to call.
@@ -155,6 +181,9 @@ impl Control {
             scrapes: workers.iter().map(scrape).collect(),
             fleet: registry.handle(),
             lookups: workers.iter().map(|_| Notify::new()).collect(),
+            doubts: workers.iter().map(|_| Notify::new()).collect(),
+            silent: workers.iter().map(|_| Silent::default()).collect(),
+            plan: Plan::new(settings),
             workers,
             book: Book::new(registry, aliases),
         }
@@ -165,7 +194,7 @@ impl Control {
         &self.fleet
     }
 
-    /// Learns the models of the worker's server anew, and publishes what changed before it returns.
+    /// Learns the models of the worker's server anew and whether it rests, and publishes what changed before it returns.
     pub async fn learn_again(&self, worker: &Arc<Worker>) {
         let leads = |known: &Arc<Worker>| known.leads() && known.shares_server(worker);
         if let Some(position) = self.workers.iter().position(leads) {

@@ -81,15 +81,20 @@ impl Book {
         })
     }
 
-    /// Takes over what look number `look` found, and publishes it if it is news. Returns what was learnt of the
-    /// models, if that is news.
-    fn take(&self, position: usize, look: u64, found: Found, version: Option<Bytes>) -> Option<Learnt> {
+    /// The first model of the worker at `position` that is no adapter.
+    pub(super) fn first_model(&self, position: usize) -> Option<String> {
+        let pages = self.pages();
+        let cards = &pages.known.get(position)?.cards;
+        cards.iter().find(|card| card.parent.is_none()).map(|card| card.id.clone())
+    }
+
+    /// Takes over what look number `look` found, and publishes it if it is news.
+    fn take(&self, position: usize, look: u64, found: Found, version: Option<Bytes>) -> News {
         let mut pages = self.pages();
         let pages = &mut *pages;
-        let known = pages.known.get_mut(position)?;
-        if look < known.taken {
-            return None;
-        }
+        let Some(known) = pages.known.get_mut(position).filter(|known| look >= known.taken) else {
+            return News::default();
+        };
         known.taken = look;
         let cards = match found {
             Found::Cards(cards) => Some((Learnt::Models(names(&cards)), cards)),
@@ -97,18 +102,20 @@ impl Book {
             Found::Nothing(_) => None,
         };
         let mut changed = false;
-        let mut news = None;
+        let mut news = News::default();
         if let Some((learnt, cards)) = cards {
             if known.learnt != learnt {
+                news.another |= others(&known.learnt, &learnt);
                 pages.registry.learnt(position, learnt.clone());
                 known.learnt = learnt.clone();
-                news = Some(learnt);
+                news.learnt = Some(learnt);
             }
-            changed = known.cards != cards || news.is_some();
+            changed = known.cards != cards || news.learnt.is_some();
             known.cards = cards;
         }
         if let Some(version) = version {
             changed |= known.version != version;
+            news.another |= !known.version.is_empty() && known.version != version;
             known.version = version;
         }
         if changed {
@@ -116,6 +123,24 @@ impl Book {
         }
         news
     }
+}
+
+/// What a look brought to light.
+#[derive(Debug, Default)]
+struct News {
+    /// Its models, if they are not what they were.
+    learnt: Option<Learnt>,
+    /// Another server answers there than before.
+    another: bool,
+}
+
+/// Whether both are lists, of other base models. Adapters come and go.
+fn others(before: &Learnt, now: &Learnt) -> bool {
+    let base = |learnt: &Learnt| match learnt {
+        Learnt::Models(names) => Some(names.iter().filter(|(_, base)| *base).cloned().collect::<Vec<_>>()),
+        Learnt::Nothing | Learnt::Open => None,
+    };
+    matches!((base(before), base(now)), (Some(before), Some(now)) if before != now)
 }
 
 impl Pages {
@@ -135,15 +160,16 @@ fn names(cards: &[ModelCard]) -> Vec<(String, bool)> {
 }
 
 impl Control {
-    /// Looks at what the worker at `position` serves; false if it did not tell.
+    /// Looks at what the worker at `position` serves, and whether it rests; false if it did not tell its models.
     pub(super) async fn learn(&self, position: usize) -> bool {
         let Some(worker) = self.workers.get(position) else { return false };
         let look = self.book.begin(position);
         let limit = self.pace.probe_limit;
         let key = self.key.as_ref();
-        let (models, version) = tokio::join!(
+        let (models, version, ()) = tokio::join!(
             attempt::get(worker, "/v1/models", key, limit, MODELS_BYTES),
             attempt::get(worker, "/version", key, limit, VERSION_BYTES),
+            self.ask_rest(position),
         );
         let found = found(models);
         let version = match version {
@@ -156,7 +182,13 @@ impl Control {
             Found::Nothing(reason) => (false, reason.clone()),
         };
         let url = worker.url();
-        match self.book.take(position, look, found, version) {
+        let News { learnt, another } = self.book.take(position, look, found, version);
+        if another {
+            worker.cache_lost();
+            worker.breaker().forget();
+            tracing::info!(worker = %url, "another server answers there: what was known of its prefix cache is void");
+        }
+        match learnt {
             Some(Learnt::Models(names)) => {
                 let models: Vec<&str> = names.iter().take(LOGGED_NAMES).map(|(name, _)| &name[..]).collect();
                 tracing::info!(worker = %url, count = names.len(), ?models, "models of worker learnt");
@@ -195,9 +227,21 @@ pub(super) async fn run(control: Arc<Control>, position: usize) {
     let mut retry = FIRST_PAUSE;
     let mut pause = FIRST_PAUSE;
     loop {
-        sleep(pause.min(interval).mul_f64(0.9 + 0.2 * chance())).await;
+        let rest = sleep(pause.min(interval).mul_f64(0.9 + 0.2 * chance()));
+        let doubted = async {
+            // doubts may be many
+            sleep(FIRST_PAUSE.min(interval)).await;
+            match control.doubts.get(position) {
+                Some(doubts) => doubts.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = rest => (),
+            () = doubted => (),
+        }
         pause = interval;
-        if !worker.usable() {
+        if !worker.answers() {
             continue;
         }
         if control.learn(position).await {

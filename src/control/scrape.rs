@@ -53,7 +53,7 @@ pub(super) async fn run(control: Arc<Control>, position: usize) {
         let wait_ms = scrape.with(|watch| watch.due_in(control.clock.millis()));
         if wait_ms > 0 {
             sleep(Duration::from_millis(wait_ms)).await;
-        } else if worker.usable() {
+        } else if worker.answers() {
             control.scrape(position).await;
         } else {
             sleep(LOOK).await;
@@ -95,7 +95,7 @@ impl Control {
     }
 
     /// The ranks of the server that the worker at `position` leads, which follow it.
-    fn ranks(&self, position: usize) -> impl Iterator<Item = &Arc<Worker>> {
+    pub(super) fn ranks(&self, position: usize) -> impl Iterator<Item = &Arc<Worker>> {
         let from = self.workers.get(position..).unwrap_or_default();
         from.iter().take_while(move |rank| from.first().is_some_and(|lead| rank.shares_server(lead)))
     }

@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 
 use super::{
-    fake::{Fake, eventually, list},
+    fake::{Fake, eventually, json, list},
     *,
 };
-use crate::workers::{Health, ModelSettings, Resolved, WorkerSpec, WorkerUrl};
+use crate::workers::{BreakerRules, Health, ModelSettings, Resolved, Rest, WorkerSpec, WorkerUrl};
 
 /// A control thread over these workers, with short intervals, and their values. The handle comes last, so that it
 /// is dropped last.
@@ -31,7 +31,7 @@ impl Running {
             model_refresh_secs: 0.1,
             dns_refresh_secs: 30.0,
             engine_stats_interval: 0.1,
-            worker_api_key: None,
+            ..Settings::defaults()
         };
         edit(&mut settings);
         let registry = Registry::new(specs, ModelSettings::default());
@@ -268,6 +268,43 @@ fn figures_are_kept_for_three_intervals_and_then_unknown() {
     assert_eq!((engine.engine().foreign(), engine.engine().cache_tokens()), (0, Some(320)));
     worker.set_metrics(200, &figures([1, 0], 1));
     eventually("known again", || engine.engine().running() == Some(1));
+}
+
+#[test]
+fn u20_another_version_or_base_model_means_another_server_with_an_empty_cache() {
+    let version = Arc::new(std::sync::Mutex::new("0.32.0"));
+    let told = version.clone();
+    let worker = Fake::scripted(move |asked| {
+        let body = format!(r#"{{"version":"{}"}}"#, told.lock().unwrap());
+        (asked.line == "GET /version").then(|| json(200, body))
+    });
+    let running = Running::start(vec![worker.url()]);
+    let seen = running.worker(0);
+    worker.set_models(200, list(&["m", "lora-x"]));
+    eventually("the adapter is known", || running.models() == ["m", "lora-x"]);
+    assert_eq!(seen.cache_generation(), 0, "an adapter says nothing of the cache");
+    (0..BreakerRules::default().failures).for_each(|_| {
+        seen.breaker().failed(0);
+    });
+    *version.lock().unwrap() = "0.33.0";
+    eventually("the version is noticed", || seen.cache_generation() == 1);
+    assert!(seen.breaker().admits(0), "what was counted was another's");
+    worker.set_models(200, list(&["n"]));
+    eventually("the model is noticed", || seen.cache_generation() == 2);
+    assert_eq!(running.health(0), Health::Up);
+}
+
+#[test]
+fn u18_who_says_that_it_sleeps_in_its_figures_is_not_asked() {
+    let worker = Fake::start();
+    worker.set_metrics(200, "vllm:engine_sleep_state{engine=\"0\",sleep_state=\"awake\"} 0");
+    let running = Running::start(vec![worker.url()]);
+    eventually("asleep", || running.worker(0).rest() == Some(Rest::Asleep));
+    let (asked, learnt) = (worker.count("GET /is_sleeping"), worker.count("GET /v1/models"));
+    eventually("learnt again", || worker.count("GET /v1/models") >= learnt + 3);
+    assert_eq!(worker.count("GET /is_sleeping"), asked);
+    worker.set_metrics(200, "vllm:engine_sleep_state{engine=\"0\",sleep_state=\"awake\"} 1");
+    eventually("awake", || running.worker(0).rest().is_none());
 }
 
 #[test]

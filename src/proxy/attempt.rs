@@ -286,6 +286,8 @@ async fn run(
         Relayed::Broken(reason) => {
             if matches!(reason, Break::WorkerBroke | Break::BadCoding) {
                 worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
+                // it may have died, or the request was at fault: a probe tells
+                worker.doubt();
             }
             cx.metrics().broke(reason);
             account.broken(respond::status_of(reason));

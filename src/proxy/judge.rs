@@ -1,6 +1,7 @@
 //! What failed attempts say of their workers.
 //!
-//! A worker that cannot be connected to, or whose engine is dead, is out at once: no request can bring that about.
+//! A worker that cannot be connected to, or whose engine is dead, is out at once: no request can bring that about. It
+//! is one failure each time that it goes away.
 //! Any other failure may be the request's own doing: the worker is doubted, which has it probed at once, and the
 //! failure is kept as a suspicion. It counts against the worker's breaker only when a worker of another server has
 //! answered the same request well, so that no sequence of requests can open a breaker. A request counts at most
@@ -66,11 +67,15 @@ impl<'a> Judge<'a> {
         let now = self.clock.now();
         match Weight::of(failure) {
             Weight::Fact(reason) => {
+                let counted = std::mem::replace(self.entry(worker), true);
                 // the control thread sees it, says so and probes
-                if worker.set_health(Health::Down) != Health::Down {
-                    worker.counters().ejected(reason);
+                if worker.set_health(Health::Down) == Health::Down {
+                    // It was tried although it was out. To be away for long is no worse than to be away: it is back
+                    // with its first good probe.
+                    return;
                 }
-                if !std::mem::replace(self.entry(worker), true) {
+                worker.counters().ejected(reason);
+                if !counted {
                     count(worker, now);
                 }
             }
@@ -198,8 +203,13 @@ mod tests {
         judge.answered(&servers()[1], 200);
         assert_eq!((worker.health(), state(&worker)), (Health::Down, BreakerState::Closed));
         assert_eq!(worker.counters().ejections[Ejection::Connect as usize].load(Ordering::Relaxed), 1);
+        for _ in 0..10 {
+            Judge::new(&clock).failed(&worker, &refused());
+        }
+        assert_eq!(state(&worker), BreakerState::Closed, "it was out already");
+        worker.set_health(Health::Up);
         Judge::new(&clock).failed(&worker, &refused());
-        assert_eq!(state(&worker), BreakerState::Open, "the second request that it failed");
+        assert_eq!(state(&worker), BreakerState::Open, "the second time that it went away");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    workers::{Fleet, Health, Worker},
+    workers::{Fleet, Worker},
 };
 
 /// The workers that earlier attempts of an exchange have failed on.
@@ -74,9 +74,10 @@ const FIRST_SHARE: f64 = 0.1;
 
 impl<'a> Candidates<'a> {
     /// Those of `serving` (positions in the fleet, ascending) that are up and have not been tried, whose breaker
-    /// lets requests through, and who are awake. Where none is left the least bad stand in, unless the terms forbid
-    /// it: who is up with an open breaker or was ejected for its probes, then whoever is down. So the last worker is
-    /// never taken out, and a wrong verdict about all of them costs one refused connect. Who sleeps or is paused
+    /// lets requests through, and who are awake; where none is left, those of them that were ejected for their probes.
+    /// Where none of these is left either, the least bad stand in, unless the terms forbid it: who is up with an open
+    /// breaker, then whoever is down. So the last worker is never taken out, and a wrong verdict about all of them
+    /// costs one refused connect. Who sleeps or is paused
     /// never stands in: it would let the request wait for ever.
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
@@ -99,10 +100,13 @@ impl<'a> Candidates<'a> {
         let untried = || serving.iter().copied().filter(|&position| !tried.contains(position));
         scratch.clear();
         scratch.extend(untried().filter(|&position| workers[position].serves(terms.now)));
+        if scratch.is_empty() {
+            scratch.extend(untried().filter(|&position| workers[position].could_serve(terms.now)));
+        }
         let stand_in = scratch.is_empty() && terms.panics;
         if stand_in {
             let awake = || untried().filter(|&position| !workers[position].rests());
-            scratch.extend(awake().filter(|&position| answers(&workers[position])));
+            scratch.extend(awake().filter(|&position| workers[position].answers()));
             if scratch.is_empty() {
                 scratch.extend(awake());
             }
@@ -156,11 +160,6 @@ impl<'a> Candidates<'a> {
     }
 }
 
-/// Whether its server answered the last time that it was asked.
-fn answers(worker: &Worker) -> bool {
-    matches!(worker.health(), Health::Up | Health::Ejected)
-}
-
 /// Leaves out some of those that have been up for less than the longest, by chance.
 fn warm_up(workers: &[Arc<Worker>], positions: &mut Vec<usize>, terms: &Terms) {
     let whole = terms.slow_start_ms as f64;
@@ -207,7 +206,9 @@ mod tests {
     use super::*;
     use crate::{
         routing::policies::tests::{fleet, fleet_of},
-        workers::{BreakerRules, Demand, EngineStats, InFlight, ModelSettings, Registry, Rest, Traits},
+        workers::{
+            BreakerRules, Demand, EngineStats, Health, InFlight, ModelSettings, Registry, Rest, Traits,
+        },
     };
 
     fn positions(fleet: &Fleet, tried: &Tried) -> Vec<usize> {
@@ -294,16 +295,17 @@ mod tests {
         let ordinary = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
         assert_eq!((ordinary.positions(), ordinary.stand_in()), (&[3][..], false));
         tried.add(3);
-        let bad = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
-        assert_eq!((bad.positions(), bad.stand_in()), (&[0, 1][..], true));
-        tried.add(0);
-        tried.add(1);
-        assert_eq!(positions_on(&fleet, &tried, &at(0)), [2], "then who is down");
         let strict = Terms { panics: false, ..at(0) };
+        assert_eq!(positions_on(&fleet, &tried, &strict), [1], "to be ejected is no reason to refuse");
+        tried.add(1);
         assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        let bad = Candidates::of(&fleet, &serving, &tried, &at(0), &mut scratch);
+        assert_eq!((bad.positions(), bad.stand_in()), (&[0][..], true));
+        tried.add(0);
+        assert_eq!(positions_on(&fleet, &tried, &at(0)), [2], "then who is down");
         let mut tried = Tried::none();
         tried.add(3);
-        assert!(positions_on(&fleet, &tried, &strict).is_empty());
+        tried.add(1);
         assert_eq!(
             positions_on(&fleet, &tried, &Terms { now: 60_000, ..strict }),
             [0],

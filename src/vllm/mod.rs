@@ -3,6 +3,7 @@
 //! - [`endpoints`]: the table of its paths and what the proxy does with each;
 //! - [`facts`] and [`multipart`]: what must be known of a request before a worker can be chosen;
 //! - [`errors`]: the bodies that the proxy answers itself, worded like vLLM's Python front end;
+//! - [`dummy`]: small requests of our own, one for each type of model;
 //! - [`models`]: model lists and versions of many workers made into those of one;
 //! - [`engine`]: what a server says of its engines, in `/metrics` and beside an answer;
 //! - [`opening`]: whether an answer has begun to say anything;
@@ -13,6 +14,7 @@
 //! bytes of that server.
 
 pub mod aggregate;
+pub mod dummy;
 pub mod endpoints;
 pub mod engine;
 pub mod errors;
@@ -30,6 +32,7 @@ mod golden;
 pub const RANK_FIELD: &str = "X-data-parallel-rank";
 
 pub use aggregate::{Aggregate, Combine, aggregate};
+pub use dummy::{DUMMIES, Dummy, ModelType};
 pub use endpoints::{Endpoint, ErrorShape, Local, ModelSource, Treatment, lookup};
 pub use engine::{EngineReport, Figures, parse_engines, parse_orca};
 pub use facts::{Facts, Key, ModelFact, Ranges, json_field, scan_json};

@@ -497,12 +497,105 @@ mod tests {
         assert_eq!(breaker.state(), BreakerState::Open);
     }
 
+    /// What a breaker must do, by a list of all failures.
+    #[derive(Debug, Default)]
+    struct Model {
+        attempts: u64,
+        /// Time and attempt.
+        failures: Vec<(Millis, u64)>,
+        open_until: Option<Millis>,
+        half_open: bool,
+        successes: u32,
+        doublings: u32,
+        closed_at: Option<Millis>,
+    }
+
+    impl Model {
+        fn failed(&mut self, now: Millis, attempts: u64) {
+            self.attempts += attempts;
+            self.failures.push((now, self.attempts));
+            let count = RULES.failures as usize;
+            let last = self.failures.len().checked_sub(count).map(|at| self.failures[at]);
+            let too_much = last.is_some_and(|(at, attempt)| {
+                now - at <= RULES.window_ms && self.attempts - attempt < 2 * count as u64
+            });
+            let soon = self.closed_at.is_some_and(|at| now - at <= RULES.window_ms);
+            if self.half_open || self.open_until.is_none() && too_much {
+                self.doublings = if self.half_open || soon { (self.doublings + 1).min(3) } else { 0 };
+                self.open_until = Some(now + (RULES.open_ms << self.doublings));
+                self.half_open = false;
+            }
+        }
+
+        fn succeeded(&mut self, now: Millis) {
+            if self.half_open {
+                self.successes += 1;
+                if self.successes == RULES.successes {
+                    self.half_open = false;
+                    self.failures.clear();
+                    self.closed_at = Some(now);
+                }
+            }
+        }
+
+        /// Whether a request may begin.
+        fn begin(&mut self, now: Millis) -> bool {
+            if self.open_until.is_some_and(|until| now >= until) {
+                (self.open_until, self.half_open, self.successes) = (None, true, 0);
+            }
+            self.open_until.is_none()
+        }
+    }
+
+    #[test]
+    fn it_agrees_with_a_list_of_all_failures_over_random_histories() {
+        for seed in 1..=256_u64 {
+            let mut bits = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut draw = |below: u64| {
+                bits ^= bits << 13;
+                bits ^= bits >> 7;
+                bits ^= bits << 17;
+                bits % below
+            };
+            let (breaker, mut model, mut now) = (breaker(), Model::default(), 1);
+            let mut turns = 0;
+            for step in 0..500 {
+                now += draw(2) * draw(3_000);
+                let at = format!("seed {seed}, step {step}");
+                let trial = breaker.begin(now);
+                assert_eq!(trial.is_some(), model.begin(now), "{at}");
+                let turn = match draw(3) {
+                    0 => {
+                        let attempts = 1 + draw(3);
+                        model.failed(now, attempts);
+                        breaker.failed_after(now, attempts)
+                    }
+                    1 => {
+                        model.succeeded(now);
+                        breaker.succeeded(now)
+                    }
+                    _ => Turn::None,
+                };
+                turns += usize::from(turn != Turn::None);
+                drop(trial);
+                let state = match (model.open_until, model.half_open) {
+                    (Some(_), _) => BreakerState::Open,
+                    (None, true) => BreakerState::HalfOpen,
+                    (None, false) => BreakerState::Closed,
+                };
+                assert_eq!(breaker.state(), state, "{at}");
+            }
+            assert!(turns > 2, "seed {seed}: nothing happened");
+        }
+    }
+
     /// However many threads ask at once, never do two hold a trial, and all of them agree on how it ended.
     #[test]
     fn of_many_threads_one_has_the_trial() {
         use std::sync::atomic::AtomicUsize;
         let breaker = Arc::new(Breaker::new(BreakerRules { successes: u32::MAX, ..RULES }));
-        (0..4).for_each(|_| drop(breaker.failed(0)));
+        (0..3).for_each(|_| assert_eq!(breaker.failed(0), Turn::None));
+        assert_eq!(breaker.failed(0), Turn::Opened(1_000));
         let (holders, held, opened) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for thread in 0..4 {

@@ -110,8 +110,8 @@ impl Fleet {
     /// Whether at least one worker can serve: what `/health` says.
     pub fn standing(&self, now: Millis) -> Standing {
         let mut standing = if self.workers.is_empty() { Standing::NoWorkers } else { Standing::NoneUp };
-        for worker in self.workers.iter().filter(|worker| worker.usable()) {
-            if worker.serves(now) {
+        for worker in self.workers.iter().filter(|worker| worker.answers()) {
+            if worker.could_serve(now) {
                 return Standing::Serves;
             }
             // an open breaker is nearest to serving
@@ -202,7 +202,7 @@ impl Fleet {
     /// Whether one of [`Fleet::others`] can be asked. One that is down, or was never reached, knows nothing: its
     /// refusal must not stand for the answer of those that are there.
     pub fn has_usable_others(&self) -> bool {
-        self.others.iter().any(|&at| self.workers[at].usable())
+        self.others.iter().any(|&at| self.workers[at].answers())
     }
 
     /// Who serves `name`; `None` stands for a request that names no model (missing, `null` or `""`).

@@ -165,7 +165,7 @@ fn only_base(models: &[Model]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workers::Resolved;
+    use crate::workers::{Health, Resolved, Rest, Standing};
 
     fn registry(settings: ModelSettings) -> Registry {
         Registry::new(["http://a:1", "http://b:1"].map(|url| url.parse().unwrap()), settings)
@@ -196,6 +196,30 @@ mod tests {
         assert_eq!(fleet.resolve(None), Resolved::Unknown, "two models and no default");
         assert!(fleet.model_matters());
         assert_eq!(fleet.valid_names().collect::<Vec<_>>(), ["m", "n"]);
+    }
+
+    #[test]
+    fn u22_a_fleet_says_whether_it_can_serve_and_why_not() {
+        let none: [WorkerSpec; 0] = [];
+        let empty = Registry::new(none, ModelSettings::default()).handle().load_full();
+        assert_eq!(empty.standing(0), Standing::NoWorkers);
+        let fleet = registry(ModelSettings::default()).handle().load_full();
+        let [a, b] = [0, 1].map(|at| &fleet.workers[at]);
+        assert_eq!(fleet.standing(0), Standing::NoneUp);
+        a.came_up(0);
+        b.set_health(Health::Down);
+        assert_eq!(fleet.standing(0), Standing::Serves);
+        a.set_rest(Rest::Paused, true);
+        assert_eq!(fleet.standing(0), Standing::AllRest);
+        b.came_up(0);
+        while b.breaker().admits(0) {
+            b.breaker().failed(0);
+        }
+        assert_eq!(fleet.standing(0), Standing::BreakersOpen);
+        assert_eq!(fleet.standing(60_000), Standing::Serves, "its open time is over");
+        a.set_rest(Rest::Paused, false);
+        a.set_health(Health::Ejected);
+        assert_eq!(fleet.standing(0), Standing::Serves, "it is used where nobody better is left");
     }
 
     #[test]

@@ -247,10 +247,20 @@ impl Worker {
         self.health() == Health::Up
     }
 
+    /// Whether its server answered the last time that it was asked.
+    pub fn answers(&self) -> bool {
+        matches!(self.health(), Health::Up | Health::Ejected)
+    }
+
     /// Whether it is given requests in the ordinary way: it is up, neither sleeps nor is paused, and its breaker
     /// lets them through.
     pub fn serves(&self, now: Millis) -> bool {
         self.usable() && !self.rests() && self.breaker.admits(now)
+    }
+
+    /// As [`Worker::serves`], but also true of one that was ejected for its probes.
+    pub fn could_serve(&self, now: Millis) -> bool {
+        self.answers() && !self.rests() && self.breaker.admits(now)
     }
 
     /// The breaker of its server.

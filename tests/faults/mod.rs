@@ -1,4 +1,6 @@
-//! Each fault of the table of faults, and what it must lead to; a test's name begins with the row.
+//! The rows of the fault table: what each fault leads to. A test's name begins with the row's id.
 
+mod breaker;
+mod health;
 mod limits;
 mod streams;

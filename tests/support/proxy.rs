@@ -47,6 +47,8 @@ pub(crate) fn proxy(variant: Variant) -> Builder {
         .arg("--shutdown-grace-secs", "1")
         .arg("--health-check-interval-secs", "0.2")
         .arg("--model-refresh-secs", "0.2")
+        // who comes back gets its share at once
+        .arg("--slow-start-secs", "0")
 }
 
 impl Builder {

@@ -69,7 +69,10 @@ impl Request {
     /// What every vLLM answers by itself and the proxy's control thread asks.
     pub(super) fn is_probe(&self) -> bool {
         self.method == "GET"
-            && matches!(self.path(), "/health" | "/v1/models" | "/version" | "/load" | "/metrics")
+            && matches!(
+                self.path(),
+                "/health" | "/v1/models" | "/version" | "/load" | "/metrics" | "/is_sleeping" | "/is_paused"
+            )
     }
 }
 
