@@ -53,3 +53,41 @@ pub async fn give_way(late: bool) {
 pub fn spawn(task: impl Future<Output = ()> + 'static) {
     drop(monoio::spawn(task));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, io::Write, rc::Rc};
+
+    use super::*;
+
+    #[test]
+    fn who_gives_way_lets_sockets_and_timers_be_served() {
+        for driver in [Driver::UringPlain, Driver::Epoll] {
+            let Ok(mut runtime) = Runtime::build(driver) else { continue };
+            let off = Settings { tcp_keepalive_secs: 0, tcp_user_timeout_secs: 0 };
+            let listener = listen("127.0.0.1:0".parse().unwrap(), 1, &off).unwrap().remove(0);
+            let address = listener.local_addr().unwrap();
+            let rounds = runtime.block_on(async {
+                let (stop, rounds) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(0_u64)));
+                let (stopped, round) = (stop.clone(), rounds.clone());
+                spawn(async move {
+                    // never waits for anything, as a relay whose worker always has more
+                    while !stopped.get() {
+                        round.set(round.get() + 1);
+                        give_way(round.get() % 100 == 0).await;
+                    }
+                });
+                let listener = accept_from(listener, driver).unwrap();
+                let mut client = std::net::TcpStream::connect(address).unwrap();
+                let (mut reader, _writer) = listener.accept().await.unwrap();
+                pause(20).await;
+                client.write_all(b"x").unwrap();
+                let (read, _) = reader.read(Buffer::new(0, 1)).await;
+                assert_eq!(read.unwrap(), 1);
+                stop.set(true);
+                rounds.get()
+            });
+            assert!(rounds > 100, "{rounds}");
+        }
+    }
+}

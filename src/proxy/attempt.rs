@@ -11,7 +11,7 @@ use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
     http::{DownstreamHead, OutFraming, ResponseFraming, ResponseHead, UpstreamHead},
-    net::{Buffer, Elapsed},
+    net::Buffer,
     proxy::{
         account::Account,
         answer::{Wanted, receive},
@@ -157,7 +157,7 @@ async fn run(
         let receiving = pin!(watch.limit(limit, receive(cx, outlet, reader, wanted, *reused)));
         alongside(sending.as_mut(), receiving, true).await
     };
-    let received = received.map(|received| received.unwrap_or_else(|Elapsed| Err(Failure::NoHead)));
+    let received = received.map(|received| received.unwrap_or(Err(Failure::NoHead)));
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(_)) if watch.is_total_over() => {
