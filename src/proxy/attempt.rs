@@ -153,7 +153,9 @@ async fn run(
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
     let received = {
-        let limit = cx.settings.response_timeout_secs.saturating_mul(1000);
+        // behind the control thread stand several workers, or none
+        let ours = std::ptr::eq(worker, &*cx.admin);
+        let limit = if ours { 0 } else { cx.settings.response_timeout_secs.saturating_mul(1000) };
         let receiving = pin!(watch.limit(limit, receive(cx, outlet, reader, wanted, *reused)));
         alongside(sending.as_mut(), receiving, true).await
     };
@@ -179,7 +181,10 @@ async fn run(
     if manner.other_kinds && body_sent && is_no_such_path(&outlet.answer) {
         return Ran::over(Attempted::Failed(Failure::NoSuchPath, kept(sending).map(Body::Whole)));
     }
-    let mut plan = Plan::of(outlet.answer.framing(), outlet.answer.is_event_stream(), version);
+    let events = outlet.answer.is_event_stream();
+    // nothing can be said in a stream that is compressed
+    let speaks = events && outlet.answer.field("content-encoding").is_none();
+    let mut plan = Plan::of(outlet.answer.framing(), speaks, version);
     let switched = outlet.answer.status() == 101;
     let step = if switched { None } else { plan.begin(&mut buffer) };
     if step.is_none() && !switched {
@@ -211,7 +216,7 @@ async fn run(
         return Ran::Switched { head: answer_head, buffer };
     };
     let relayed = {
-        let listener = Listener::of(&outlet.answer, in_flight, manner.listens.then_some(account));
+        let listener = Listener::of(&outlet.answer, events, in_flight, manner.listens.then_some(account));
         watch.set_parting(plan.is_events());
         let relaying =
             pin!(relay(cx, outlet, &watch, reader, &mut plan, &answer_head, step, buffer, listener));
