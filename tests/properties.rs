@@ -4,6 +4,8 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use vllm_proxy::http::ChunkTracker;
+
 use crate::reference::{check_chunked, check_request, check_response};
 
 /// One of `usual` nearly always, else one of `odd`.
@@ -172,6 +174,29 @@ proptest! {
         text in chunked(), cuts in cuts(),
     ) {
         check_chunked(text.as_bytes(), &cuts);
+    }
+
+    #[test]
+    fn whatever_has_passed_of_a_chunked_body_can_be_concluded_legally(
+        text in chunked(), at in any::<prop::sample::Index>(), words in "[a-z]{0,40}",
+    ) {
+        let passed = &text.as_bytes()[..at.index(text.len() + 1)];
+        let mut tracker = ChunkTracker::new();
+        let tracked = tracker.track(passed);
+        prop_assume!(tracked.is_ok_and(|tracked| !tracked.done));
+        if let Some(end) = tracker.conclude(words.as_bytes(), b'\n', 1 << 16) {
+            let mut before = passed.to_vec();
+            let before_len = ChunkTracker::new().decode(&mut before).unwrap().data;
+            let mut whole = [passed, &end].concat();
+            let decoded = ChunkTracker::new().decode(&mut whole).unwrap();
+            prop_assert!(decoded.done && decoded.consumed == whole.len());
+            let data = &whole[..decoded.data];
+            prop_assert!(data.starts_with(&before[..before_len]));
+            let said = &data[before_len..];
+            let said = &said[..said.iter().rposition(|byte| *byte != b'\n').map_or(0, |at| at + 1)];
+            // nothing can be said once the end was announced
+            prop_assert!(said == words.as_bytes() || data.len() == before_len, "{}", end.escape_ascii());
+        }
     }
 
     #[test]

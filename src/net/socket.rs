@@ -412,3 +412,71 @@ impl Listener {
         unsafe { libc::shutdown(self.fd, libc::SHUT_RD) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::Runtime;
+
+    /// What is set on a socket: whether it is probed, after how many seconds, how often, how many times; its user
+    /// timeout in seconds; whether it sends at once.
+    fn options(socket: &impl AsFd) -> (bool, u64, u64, u32, u64, bool) {
+        let socket = socket2::SockRef::from(socket);
+        (
+            socket.keepalive().unwrap(),
+            socket.tcp_keepalive_time().unwrap().as_secs(),
+            socket.tcp_keepalive_interval().unwrap().as_secs(),
+            socket.tcp_keepalive_retries().unwrap(),
+            socket.tcp_user_timeout().unwrap().map_or(0, |timeout| timeout.as_secs()),
+            socket.tcp_nodelay().unwrap(),
+        )
+    }
+
+    fn borrowed(half: &WriteHalf) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor lives as long as the half that is borrowed.
+        unsafe { BorrowedFd::borrow_raw(half.fd) }
+    }
+
+    #[test]
+    fn u8_vanished_peers_are_found_on_both_sides() {
+        let settings = Settings { tcp_keepalive_secs: 30, tcp_user_timeout_secs: 60 };
+        let off = Settings { tcp_keepalive_secs: 0, tcp_user_timeout_secs: 0 };
+        for driver in [Driver::UringPlain, Driver::Epoll] {
+            let Ok(mut runtime) = Runtime::build(driver) else { continue };
+            for (settings, expected) in
+                [(&settings, (true, 30, 10, 3, 60, true)), (&off, (false, 7200, 75, 9, 0, true))]
+            {
+                let listener = listen("127.0.0.1:0".parse().unwrap(), 1, settings).unwrap().remove(0);
+                let address = listener.local_addr().unwrap();
+                runtime.block_on(async {
+                    let listener = accept_from(listener, driver).unwrap();
+                    let (_reader, connected) = connect(address, settings).await.unwrap();
+                    assert_eq!(options(&borrowed(&connected)), expected, "{driver} connected");
+                    let (_reader, accepted) = listener.accept().await.unwrap();
+                    assert_eq!(options(&borrowed(&accepted)), expected, "{driver} accepted");
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn a_slow_reader_is_given_as_long_as_its_write_may_take() {
+        let settings = Settings { tcp_keepalive_secs: 30, tcp_user_timeout_secs: 60 };
+        assert_eq!(settings.patient(300).tcp_user_timeout_secs, 300);
+        assert_eq!(settings.patient(10).tcp_user_timeout_secs, 60);
+        let off = Settings { tcp_user_timeout_secs: 0, ..settings };
+        assert_eq!(off.patient(300).tcp_user_timeout_secs, 0);
+    }
+
+    #[test]
+    fn what_a_peer_has_acknowledged_is_counted() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_receiver, _) = listener.accept().unwrap();
+        let before = acknowledged(sender.as_raw_fd()).expect("this kernel tells");
+        std::io::Write::write_all(&mut sender, &[0; 1000]).unwrap();
+        while acknowledged(sender.as_raw_fd()) != Some(before + 1000) {
+            std::thread::yield_now();
+        }
+    }
+}

@@ -44,6 +44,11 @@ impl ShardClock {
         self.now.get()
     }
 
+    /// Whether no timer has been looked at for longer than it should take.
+    pub fn is_late(&self) -> bool {
+        self.clock.millis() > self.now.get().saturating_add(2 * TICK_MS)
+    }
+
     /// The exact clock.
     pub fn exact(&self) -> Clock {
         self.clock

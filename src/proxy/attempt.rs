@@ -11,7 +11,7 @@ use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
     http::{DownstreamHead, OutFraming, ResponseFraming, ResponseHead, UpstreamHead},
-    net::{Buffer, Elapsed},
+    net::Buffer,
     proxy::{
         account::Account,
         answer::{Wanted, receive},
@@ -164,11 +164,13 @@ async fn run(
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
     let received = {
-        let limit = cx.settings.response_timeout_secs.saturating_mul(1000);
+        // behind the control thread stand several workers, or none
+        let ours = std::ptr::eq(worker, &*cx.admin);
+        let limit = if ours { 0 } else { cx.settings.response_timeout_secs.saturating_mul(1000) };
         let receiving = pin!(watch.limit(limit, receive(cx, outlet, reader, wanted, *reused)));
         alongside(sending.as_mut(), receiving, true).await
     };
-    let received = received.map(|received| received.unwrap_or_else(|Elapsed| Err(Failure::NoHead)));
+    let received = received.map(|received| received.unwrap_or(Err(Failure::NoHead)));
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(_)) if watch.is_total_over() => {
@@ -190,12 +192,15 @@ async fn run(
     if manner.other_kinds && body_sent && is_no_such_path(&outlet.answer) {
         return Ran::over(Attempted::Failed(Failure::NoSuchPath, kept(sending).map(Body::Whole)));
     }
-    let mut plan = Plan::of(outlet.answer.framing(), outlet.answer.is_event_stream(), version);
+    let events = outlet.answer.is_event_stream();
+    // nothing can be read in a stream that is compressed, nor said
+    let speaks = events && outlet.answer.field("content-encoding").is_none();
+    let mut plan = Plan::of(outlet.answer.framing(), speaks, version);
     let status = outlet.answer.status();
     let switched = status == 101;
     // the body is only there once all of it is sent; without it the answer is as good as any
     let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
-    let question = if has_body { retries.question(status, outlet.answer.is_event_stream()) } else { None };
+    let question = if has_body && speaks == events { retries.question(status, events) } else { None };
     let mut peek =
         question.map(|question| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
     let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
@@ -260,7 +265,7 @@ async fn run(
         return Ran::Switched { head: answer_head, buffer };
     };
     let relayed = {
-        let listener = Listener::of(&outlet.answer, in_flight, manner.listens.then_some(account));
+        let listener = Listener::of(&outlet.answer, events, in_flight, manner.listens.then_some(account));
         watch.set_parting(plan.is_events());
         let relaying =
             pin!(relay(cx, outlet, &watch, reader, &mut plan, &answer_head, step, buffer, listener));

@@ -4,7 +4,7 @@ use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use crate::{
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
-    net::{Buffer, Elapsed, ReadHalf, Watch, WriteHalf, contain},
+    net::{Buffer, Elapsed, ReadHalf, Watch, WriteHalf, contain, wake_later},
     proxy::{
         context::{Context, HEADROOM},
         exchange::exchange,
@@ -22,6 +22,10 @@ use crate::{
 const LINGER_PAUSE_MS: u64 = 2000;
 const LINGER_MS: u64 = 10_000;
 const LINGER_BYTES: usize = 64 << 20;
+
+/// Reads from a client in a row without waiting after which others have the shard: a client that uploads or pipelines
+/// as fast as it is read would else keep it for itself.
+const ARRIVALS_IN_A_ROW: usize = 64;
 
 /// Bytes for heads that a connection keeps between exchanges at most.
 const RETAINED_BYTES: usize = 16 * 1024;
@@ -82,7 +86,7 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
         if watch.is_cut() {
             return Poll::Ready(());
         }
-        loop {
+        for _ in 0..ARRIVALS_IN_A_ROW {
             if talking.as_mut().poll(context).is_ready() {
                 return Poll::Ready(());
             }
@@ -94,6 +98,8 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
                 return Poll::Pending;
             }
         }
+        wake_later(context.waker(), cx.clock.is_late());
+        Poll::Pending
     })
     .await;
     cx.metrics().bytes_in(inbox.take_received());

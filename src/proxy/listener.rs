@@ -25,14 +25,14 @@ pub(super) struct Listener<'a> {
 }
 
 impl<'a> Listener<'a> {
-    /// Listens to the answer with this head. Without a stream of events its first token has come with the head:
-    /// vLLM writes that when all is done.
+    /// Listens to the answer with this head, a stream of `events` or not. If not, its first token has come with the
+    /// head: vLLM writes that when all is done.
     pub(super) fn of(
         head: &ResponseHead,
+        events: bool,
         in_flight: &'a mut InFlight,
         account: Option<&'a Account<'a>>,
     ) -> Self {
-        let events = head.is_event_stream();
         let mut waiting = Some(in_flight);
         if !events && let Some(in_flight) = waiting.take() {
             in_flight.first_token();

@@ -50,6 +50,7 @@ pub(super) enum Step {
     Send(Vec<u8>),
     SendBytewise(Vec<u8>),
     Wait(Gate),
+    Pause(Duration),
     Flood(u64),
     Tunnel,
     Close,
@@ -98,6 +99,11 @@ impl Script {
     /// Goes on when the gate is open; if the peer goes first, that is noted and the script ends.
     pub(crate) fn wait(self, gate: &Gate) -> Self {
         self.then(Step::Wait(gate.clone()))
+    }
+
+    /// Sends nothing for so long: for streams that are slow, not for synchronisation.
+    pub(crate) fn pause(self, pause: Duration) -> Self {
+        self.then(Step::Pause(pause))
     }
 
     /// Sends `total` bytes of `x` as fast as they are taken.

@@ -217,6 +217,10 @@ impl Talk {
                     bytewise(&mut self.stream, &bytes).is_err()
                 }
                 Step::Wait(gate) => !self.wait(&gate),
+                Step::Pause(pause) => {
+                    std::thread::sleep(pause);
+                    false
+                }
                 Step::Flood(total) => !self.flood(total),
                 Step::Tunnel => {
                     self.tunnel(at);
