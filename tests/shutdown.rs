@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::support::{
-    Client, Ended, Gate, Io, Variant, Worker, binary, client, eventually, patience, proxy, script, sse_event,
-    variants, worker,
+    Client, Ended, Gate, Io, Log, Variant, Worker, binary_with_log, client, eventually, patience, proxy,
+    script, sse_event, variants, worker,
     worker::{sse_end, sse_head},
 };
 
@@ -129,10 +129,56 @@ variants! {
         let addr = binary.addr;
         eventually("it drains", || TcpStream::connect(addr).is_err());
         let second = Instant::now();
-        binary.kill("-TERM");
-        binary.exit();
+        // one that comes within a second is the first one again
+        eventually("it has ended", || {
+            binary.try_kill("-TERM");
+            binary.child.0.try_wait().unwrap()
+        });
         assert!(second.elapsed() < Duration::from_secs(10), "{:?}", second.elapsed());
         eventually("the worker is let go", || worker.only_request().gone.is_some());
+    }
+}
+
+variants! {
+    fn p10_a_doubled_signal_is_one(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let mut binary = Binary::start(v, &worker);
+        let mut running = Client::connect(binary.addr);
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        let twice = format!("kill -TERM {0}; kill -INT {0}; kill -TERM {0}", binary.child.0.id());
+        assert!(Command::new("sh").args(["-c", &twice]).status().unwrap().success());
+        let addr = binary.addr;
+        eventually("new connections are refused", || TcpStream::connect(addr).is_err());
+        assert_eq!(binary.child.0.try_wait().unwrap(), None, "it did not wait for the stream");
+        gate.open();
+        running.read_until("0\r\n\r\n");
+        let status = binary.exit();
+        assert_eq!(status.code(), Some(0), "{status}");
+    }
+
+    fn p10_storms_of_other_signals_end_nothing(v: Variant) {
+        let gate = Gate::new();
+        let worker = streaming_worker(&gate);
+        let mut binary = Binary::start(v, &worker);
+        let mut running = Client::connect(binary.addr);
+        running.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        running.read_until("\"one\"");
+        let storm = "for n in $(seq 200); do kill -HUP $0; kill -USR1 $0; kill -USR2 $0; done";
+        let storm = |pid: u32| Command::new("sh").args(["-c", storm, &pid.to_string()]).status().unwrap();
+        assert!(storm(binary.child.0.id()).success());
+        Client::connect(binary.addr).get("/health").expect(200);
+        eventually("it is told once", || binary.log.lines_with("SIGHUP").len() == 1);
+        binary.kill("-TERM");
+        let addr = binary.addr;
+        eventually("new connections are refused", || TcpStream::connect(addr).is_err());
+        assert!(storm(binary.child.0.id()).success());
+        gate.open();
+        running.read_until("0\r\n\r\n");
+        let status = binary.exit();
+        assert_eq!(status.code(), Some(0), "{status}");
+        assert_eq!(binary.log.lines_with("SIGHUP").len(), 1);
     }
 }
 
@@ -140,6 +186,7 @@ variants! {
 struct Binary {
     child: Ended,
     addr: std::net::SocketAddr,
+    log: Log,
 }
 
 impl Binary {
@@ -151,13 +198,19 @@ impl Binary {
         let io = if variant.io == Io::Uring { "uring" } else { "epoll" };
         let (threads, url) = (variant.shards.to_string(), worker.url());
         let flags = ["--no-pin", "--io", io, "--threads", &threads, "--shutdown-grace-secs", seconds];
-        let (child, addr) = binary(&[&flags[..], &["--worker-urls", &url]].concat(), |_| ());
-        Self { child, addr }
+        let program = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"));
+        let (child, addr, log) =
+            binary_with_log(program, &[&flags[..], &["--worker-urls", &url]].concat(), |_| ());
+        Self { child, addr, log }
     }
 
     fn kill(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.0.id().to_string()]).status();
-        assert!(status.unwrap().success());
+        assert!(self.try_kill(signal), "it has ended already");
+    }
+
+    /// Whether there was a process to send it to.
+    fn try_kill(&self, signal: &str) -> bool {
+        Command::new("kill").args([signal, &self.child.0.id().to_string()]).status().unwrap().success()
     }
 
     fn exit(&mut self) -> ExitStatus {

@@ -159,6 +159,8 @@ class Run:
     async def strike(self, who, fault, length):
         """One fault on one worker, from its beginning to its end."""
         who.busy, began = True, self.clock()
+        # what strikes a process is counted by the blow, everything else by the request that it hit
+        self.injected[fault] += fault in ("kill", "stop", "term")
         if fault == "stop":
             who.send(signal.SIGSTOP)
             await asyncio.sleep(length)
@@ -314,7 +316,7 @@ class Run:
         for (outcome, reason), count in reasons.most_common(40):
             print(f"  {count:7}  {outcome:8} {reason}")
         print("\nby fault            hit  answered  failed  closed    lost   wrong")
-        for fault in sorted(set(self.injected) | set(causes)):
+        for fault in sorted({fault for fault, hits in self.injected.items() if hits} | set(causes)):
             row = causes[fault]
             numbers = (self.injected[fault], spared.get(fault, 0), row["failed"], row["closed"], row["lost"], row["wrong"])
             print(f"  {fault:16} {numbers[0]:5} {numbers[1]:9} {numbers[2]:7} {numbers[3]:7} {numbers[4]:7} {numbers[5]:7}")

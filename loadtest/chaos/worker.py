@@ -68,6 +68,8 @@ class Worker:
             writer.write(answer(200, json.dumps({"object": "list", "data": [card]}).encode()))
         elif target == b"/version":
             writer.write(answer(200, b'{"version":"0.32.0"}'))
+        elif target == b"/large":
+            writer.write(answer(200, b"x" * (128 << 10), "text/plain"))
         elif target == b"/is_sleeping":
             writer.write(answer(200, json.dumps({"is_sleeping": self.mode == "sleep"}).encode()))
         elif target == b"/metrics":

@@ -369,9 +369,14 @@ impl Reserve {
         self.0.is_some()
     }
 
-    /// Lets go of it; whether it had one.
-    pub fn release(&mut self) -> bool {
-        self.0.take().is_some()
+    /// Lets go of it.
+    pub fn release(&mut self) {
+        self.0 = None;
+    }
+
+    /// Whether it has one.
+    pub fn is_held(&self) -> bool {
+        self.0.is_some()
     }
 }
 
@@ -404,6 +409,17 @@ impl Listener {
     pub async fn accept(&self) -> io::Result<(ReadHalf, WriteHalf)> {
         let (stream, _) = self.listener.accept().await?;
         Ok(split(stream))
+    }
+
+    /// Waits until a client can be accepted, or the listener is stopped; takes no descriptor for that.
+    ///
+    /// # Errors
+    /// The driver cannot watch the listener.
+    ///
+    /// # Cancellation
+    /// Nothing is lost.
+    pub async fn somebody_waits(&self) -> io::Result<()> {
+        self.listener.readable(false).await
     }
 
     /// Lets no more clients in; a waiting [`Listener::accept`] ends with `EINVAL`.

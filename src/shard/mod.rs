@@ -8,12 +8,12 @@ mod settings;
 mod watchdog;
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     io,
     rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -37,6 +37,10 @@ const MOST_FAREWELLS: usize = 64;
 /// A failed accept (no descriptors, mostly) is followed by a pause of this length, so that it does not spin.
 const ACCEPT_PAUSE_MS: u64 = 50;
 
+/// The kernel is given this long to close a connection before its descriptor is taken for the reserve again: under
+/// io_uring it does so beside us.
+const CLOSE_PAUSE_MS: u64 = 5;
+
 /// How often a draining shard looks whether its last connection has ended.
 const DRAIN_LOOK_MS: u64 = 10;
 
@@ -46,6 +50,8 @@ pub struct Orders {
     drain: AtomicBool,
     /// Running exchanges are not waited for any longer.
     give_up: AtomicBool,
+    /// Shards whose listener has no descriptor in reserve: there is none.
+    without_reserve: AtomicUsize,
 }
 
 impl Orders {
@@ -75,12 +81,15 @@ pub fn run(
     let cx = Rc::new(Context::new(parts));
     runtime.block_on(async move {
         let listener = Rc::new(accept_from(listener, driver)?);
-        spawn(accept(listener.clone(), cx.clone(), orders.clone()));
+        let door = Rc::new(Door::new(orders.clone()));
+        spawn(accept(listener.clone(), cx.clone(), door.clone()));
         while !orders.drain.load(Ordering::Relaxed) {
             if let Some(fault) = on_tick {
                 fault();
             }
             cx.tick();
+            // descriptors that were short may not be any more, whether a client comes or not
+            door.hold();
             pause(TICK_MS).await;
         }
         listener.stop();
@@ -96,17 +105,63 @@ pub fn run(
     })
 }
 
+/// What a shard lets clients in with when there is no descriptor left.
+struct Door {
+    reserve: RefCell<Reserve>,
+    orders: Arc<Orders>,
+}
+
+impl Door {
+    fn new(orders: Arc<Orders>) -> Self {
+        orders.without_reserve.fetch_add(1, Ordering::Relaxed);
+        let door = Self { reserve: RefCell::default(), orders };
+        door.hold();
+        door
+    }
+
+    /// Takes a descriptor in reserve, if it has none and there is one; whether every shard has its own. What one
+    /// lets in while another has none, the other could not take back.
+    fn hold(&self) -> bool {
+        let mut reserve = self.reserve.borrow_mut();
+        if !reserve.is_held() && reserve.hold() {
+            self.orders.without_reserve.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.orders.without_reserve.load(Ordering::Relaxed) == 0
+    }
+
+    /// Lets go of the reserve.
+    fn release(&self) {
+        if self.is_held() {
+            self.reserve.borrow_mut().release();
+            self.orders.without_reserve.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn is_held(&self) -> bool {
+        self.reserve.borrow().is_held()
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // a shard that has ended needs none
+        if !self.is_held() {
+            self.orders.without_reserve.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Lets clients in. Where descriptors are short it turns them away one by one with the descriptor that it holds in
 /// reserve (`faults.md` P3); where there are as many as the limit of open files allows, too.
-async fn accept(listener: Rc<Listener>, cx: Rc<Context>, orders: Arc<Orders>) {
-    let mut reserve = Reserve::default();
-    reserve.hold();
+async fn accept(listener: Rc<Listener>, cx: Rc<Context>, door: Rc<Door>) {
     let farewells = Rc::new(Cell::new(0));
     loop {
         match listener.accept().await {
-            Ok((reader, writer)) if !reserve.hold() => {
-                // it came in on the reserve, which is needed for the next one
+            Ok((reader, writer)) if !door.hold() => {
+                // it came in on a reserve, which is needed for the next one
                 shed(&cx, reader, writer, Shed::Descriptors).await;
+                pause(CLOSE_PAUSE_MS).await;
+                door.hold();
             }
             Ok((reader, writer)) if cx.is_full() => {
                 if farewells.get() < MOST_FAREWELLS {
@@ -116,10 +171,16 @@ async fn accept(listener: Rc<Listener>, cx: Rc<Context>, orders: Arc<Orders>) {
                 }
             }
             Ok((reader, writer)) => spawn(serve(cx.clone(), reader, writer)),
-            Err(_) if orders.drain.load(Ordering::Relaxed) => return,
-            // without a pause only where the next accept has a descriptor that this one had not
-            Err(error) if cx.accept_failed(&error) && reserve.release() => {}
-            Err(_) => pause(ACCEPT_PAUSE_MS).await,
+            Err(_) if door.orders.drain.load(Ordering::Relaxed) => return,
+            Err(error) => {
+                // an accept fails for want of a descriptor even while nobody waits, and the reserve is for who does
+                if cx.accept_failed(&error) && door.is_held() && listener.somebody_waits().await.is_ok() {
+                    door.release();
+                } else {
+                    pause(ACCEPT_PAUSE_MS).await;
+                    door.hold();
+                }
+            }
         }
     }
 }

@@ -3,4 +3,5 @@
 mod breaker;
 mod health;
 mod limits;
+mod resources;
 mod streams;

@@ -90,6 +90,12 @@ impl Builder {
         self
     }
 
+    /// Calls `fault` on a shard before every connect to a worker, which fails as it says.
+    pub(crate) fn connect_fault(mut self, fault: fn(SocketAddr) -> std::io::Result<()>) -> Self {
+        self.faults.on_connect = Some(fault);
+        self
+    }
+
     /// The command line, program name first.
     pub(crate) fn command_line(&self) -> Vec<String> {
         let mut line = vec!["vllm-proxy".to_owned()];

@@ -267,6 +267,7 @@ impl Collector for Scrape {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::Resource;
 
     fn metrics() -> Arc<Metrics> {
         Arc::new(Metrics::new(2, ["/v1/chat/completions", "/health"]))
@@ -348,7 +349,12 @@ mod tests {
             slot.retried(Retry::Refused);
             slot.refused(Refusal::UnknownModel);
             slot.panicked();
+            slot.accept_failed(AcceptError::Memory);
+            slot.shed(Shed::Limit);
+            slot.stalled();
         }
+        metrics.shortages().happened(Resource::Ports, 0);
+        metrics.set_open_files(1000, 400, || 30);
         metrics.shard(1).connection_closed();
         let text = metrics.encode(Exposition::OpenMetrics, vec![]).unwrap();
         let chat = "endpoint=\"/v1/chat/completions\",code=\"2xx\"";
@@ -361,6 +367,13 @@ mod tests {
         assert_eq!(value(&text, "vllm_proxy_panics_total"), "2");
         assert_eq!(value(&text, "vllm_proxy_retries_total{reason=\"connect_refused\"}"), "2");
         assert_eq!(value(&text, "vllm_proxy_refused_requests_total{reason=\"unknown_model\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_accept_errors_total{reason=\"memory\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_shed_connections_total{reason=\"limit\"}"), "2");
+        assert_eq!(value(&text, "vllm_proxy_shortages_total{resource=\"ports\"}"), "1");
+        assert_eq!(value(&text, "vllm_proxy_shard_stalls_total"), "2");
+        assert_eq!(value(&text, "vllm_proxy_open_files"), "30");
+        assert_eq!(value(&text, "vllm_proxy_open_files_max"), "1000");
+        assert_eq!(value(&text, "vllm_proxy_connections_max"), "400");
         assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_count"), "2");
         assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_sum"), "0.06");
         assert_eq!(value(&text, "vllm_proxy_time_to_first_byte_seconds_bucket{le=\"0.02\"}"), "0");
