@@ -84,7 +84,8 @@ pub(super) async fn attempt(
     let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
     // what can't be sent again is not risked on a connection that may be stale; our own control thread closes none
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
-    let fresh = manner.fresh || !keeps && !(manner.ours && matches!(body, Body::Whole(_)));
+    let may_rest = keeps || manner.ours && matches!(body, Body::Whole(_));
+    let fresh = manner.fresh || !may_rest;
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
@@ -181,11 +182,12 @@ async fn run(
     // the body is only there once all of it is sent; without it the answer is as good as any
     let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
     let question = if has_body { retries.question(status, outlet.answer.is_event_stream()) } else { None };
-    let mut peek =
-        question.map(|question| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
+    let holds = question.is_some_and(|(_, holds)| holds);
+    let mut peek = question
+        .map(|(question, _)| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
     let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
     let mut step = if switched { None } else { plan.begin(&mut buffer) };
-    if let (Seen::NeedMore, Some(peek), Some(step)) = (&seen, &mut peek, &mut step) {
+    if let (true, Seen::NeedMore, Some(peek), Some(step)) = (holds, &seen, &mut peek, &mut step) {
         seen = match Box::pin(peek.hold(cx, reader, &mut plan, step, &mut buffer)).await {
             Ok(seen) => seen,
             Err(failure) => return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole))),
@@ -196,6 +198,12 @@ async fn run(
     }
     if step.is_none() && !switched {
         return Ran::over(Attempted::Failed(Failure::AnswerBody, None));
+    }
+    if matches!(seen, Seen::Poor(Failure::ModelLost))
+        && let Some(Sent::Complete(Some(body))) = sending.as_mut().output_mut()
+        && !retries.is_listed(body.filled())
+    {
+        seen = Seen::Pass;
     }
     let mut counted = status;
     if let Seen::Poor(failure) = seen {

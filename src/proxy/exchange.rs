@@ -19,7 +19,7 @@ use crate::{
         serving::{Serving, who},
     },
     telemetry::metrics::Refusal,
-    vllm::{self, Endpoint, Treatment},
+    vllm::{self, Endpoint, ModelSource, Treatment},
     workers::Fleet,
 };
 
@@ -66,7 +66,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let framing = framing(client.request.framing(), &body);
 
     // 5. attempts, until one is answered
-    let asked_for = repeatable(client, endpoint, &serving, &inspected);
+    let asked_for = repeatable(client, endpoint, &inspected);
     let mut retries = Retries::new(&cx.retries, &cx.budget, &fleet, serving.positions(), asked_for);
     let mut fresh: Option<Chosen<'_>> = None;
     let mut last = Failure::NoWorker;
@@ -120,19 +120,14 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 }
 
 /// What may be done with a request (`faults.md` §4).
-fn repeatable(
-    client: &Client<'_>,
-    endpoint: &Endpoint,
-    serving: &Serving<'_>,
-    inspected: &Inspected,
-) -> Repeatable {
+fn repeatable(client: &Client<'_>, endpoint: &Endpoint, inspected: &Inspected) -> Repeatable {
     let request = &client.request;
     let reads = matches!(request.method(), "GET" | "HEAD");
     // what the body of one that may be stored says is only known where it was read
     let stores = endpoint.may_store && inspected.facts().is_none_or(|facts| facts.stores);
     let always = (endpoint.repeatable && !stores || reads) && request.upgrade().is_none();
-    let listed = matches!(serving, Serving::Workers { model: Some(_), .. });
-    Repeatable { always, generates: endpoint.generates(), listed }
+    let names_model = endpoint.treatment == Treatment::Route(ModelSource::Json);
+    Repeatable { always, generates: endpoint.generates(), names_model }
 }
 
 fn ours(endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {

@@ -14,8 +14,8 @@ use crate::{
     },
     routing::Tried,
     telemetry::metrics::Retry,
-    vllm::Unbegun,
-    workers::{Fleet, Worker},
+    vllm::{self, Unbegun},
+    workers::{Fleet, Resolved, Worker},
 };
 
 /// Why an exchange, or one attempt of it, failed.
@@ -256,8 +256,8 @@ pub(super) struct Repeatable {
     pub(super) always: bool,
     /// Its answer is generated text, which tells why it ended.
     pub(super) generates: bool,
-    /// It names a model that those who may serve it have listed.
-    pub(super) listed: bool,
+    /// Its body may name a model.
+    pub(super) names_model: bool,
 }
 
 /// What another attempt costs and may have.
@@ -348,9 +348,10 @@ impl<'a> Retries<'a> {
         self.asked.always && body_bytes as u64 <= self.settings.retry_buffer_bytes
     }
 
-    /// What an answer of this kind has to be asked before it is passed on; `None` where another attempt cannot be
-    /// made anyway (but for the budget, which is not asked before it is needed).
-    pub(super) fn question(&self, status: u16, events: bool) -> Option<Question> {
+    /// What an answer of this kind has to be asked before it is passed on, and whether it is worth waiting for what
+    /// says so: whether another attempt can be made at all (but for the budget, which is not asked before it is
+    /// needed). The last of several attempts is only looked at, so that it is counted for what it is.
+    pub(super) fn question(&self, status: u16, events: bool) -> Option<(Question, bool)> {
         let question = match status {
             200 if events => Question::Begins,
             200 if self.asked.generates => Question::Whole,
@@ -358,12 +359,20 @@ impl<'a> Retries<'a> {
             _ if self.settings.is_retried(status) => Question::Nothing,
             429 | 503 => Question::Busy,
             500 => Question::EngineDead,
-            404 if self.asked.listed => Question::ModelLost,
+            404 if self.asked.names_model => Question::ModelLost,
             _ => return None,
         };
         let again = question == Question::Nothing;
-        let possible = self.asked.always && self.has_attempts() && (again || self.leaves(true));
-        possible.then_some(question)
+        let holds = self.has_attempts() && (again || self.leaves(true));
+        (self.asked.always && (holds || self.attempts > 1)).then_some((question, holds))
+    }
+
+    /// Whether this body names a model that workers have listed, so that a worker that knows it not has lost it.
+    pub(super) fn is_listed(&self, body: &[u8]) -> bool {
+        let facts = vllm::scan_json(body);
+        let name = facts.model.name(body);
+        let Some(name) = name else { return false };
+        matches!(self.fleet.resolve(Some(&name)), Resolved::Workers { model: Some(_), .. })
     }
 
     /// Decides before an answer is given up: whether it is. If so the allowance for another attempt is taken, and
@@ -498,3 +507,5 @@ impl<'a> Retries<'a> {
         until.max().unwrap_or(0)
     }
 }
+#[cfg(test)]
+mod tests;
