@@ -113,6 +113,35 @@ variants! {
         }
     }
 
+    fn u4_the_request_of_a_worker_that_is_killed_is_made_good_by_another(v: Variant) {
+        for rested in [false, true] {
+            let gates = [Gate::new(), Gate::new()];
+            let workers = gates.each_ref().map(|gate| failing("/v1/embeddings", script().wait(gate).send(json_answer("{}"))));
+            let proxy = turns(v, [&workers[0], &workers[1]]).start();
+            let mut client = proxy.client();
+            if rested {
+                // then it is on a connection of which one cannot know whether it was stale
+                client.chat("m").expect(200);
+                client.chat("m").expect(200);
+            }
+            client.send(client::post("/v1/embeddings", "{}"));
+            let at = eventually("a worker has it", || gates.iter().position(|gate| gate.waiting() == 1));
+            workers[at].go_down();
+            gates[1 - at].open();
+            client.response().expect(200);
+            assert_eq!(count(&proxy, "stale_connection"), f64::from(u8::from(rested)));
+            assert_eq!(count(&proxy, if rested { "connect_refused" } else { "connection_lost" }), 1.0);
+        }
+    }
+
+    fn u1_a_broadcast_that_reaches_nobody_says_when_to_come_back(v: Variant) {
+        let workers = [worker().start(), worker().start()];
+        let proxy = turns(v, [&workers[0], &workers[1]]).start();
+        workers.iter().for_each(Worker::go_down);
+        let answer = proxy.post("/v1/load_lora_adapter", r#"{"lora_name":"l","lora_path":"/l"}"#).expect(503);
+        assert!(answer.header("retry-after").is_some() && answer.json()["error"]["code"] == 503, "{answer}");
+    }
+
     fn u2_a_request_that_kills_workers_does_not_go_through_the_fleet(v: Variant) {
         let workers: Vec<Worker> = (0..4).map(|_| failing(CHAT, script().reset())).collect();
         let proxy = workers.iter().fold(proxy(v), |proxy, worker| proxy.worker(worker)).start();
