@@ -117,20 +117,21 @@ impl ReadAhead {
     /// Ends the read that is under way, or reads into what `buffer` makes. 0 is the end of the stream.
     ///
     /// # Cancellation
-    /// As [`ReadHalf::read`].
+    /// A read that was under way before ([`ReadAhead::arm`]) stays so, and nothing is lost; else as
+    /// [`ReadHalf::read`].
     pub async fn read(&mut self, buffer: impl FnOnce() -> Buffer) -> (io::Result<usize>, Buffer) {
+        if let Ahead::Armed(armed) = &mut self.0 {
+            let (half, result, buffer) = armed.as_mut().await;
+            self.0 = Ahead::Idle(half);
+            return (result, buffer);
+        }
         match std::mem::replace(&mut self.0, Ahead::Lost) {
             Ahead::Idle(mut half) => {
                 let (result, buffer) = half.read(buffer()).await;
                 self.0 = Ahead::Idle(half);
                 (result, buffer)
             }
-            Ahead::Armed(armed) => {
-                let (half, result, buffer) = armed.await;
-                self.0 = Ahead::Idle(half);
-                (result, buffer)
-            }
-            Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
+            Ahead::Armed(_) | Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::{
         listener::Listener,
         peek::{Peek, Seen},
         relay::{Plan, Relayed, Step, relay},
-        retry::{Failure, Retries},
+        retry::{Failure, Kind, Retries},
         tunnel::tunnel,
     },
     upstream::Connection,
@@ -36,6 +36,9 @@ const WORKER_FIELD: &str = "x-vllm-proxy-worker";
 
 /// What a client is told of a busy worker that does not say itself when to come back, in seconds.
 const RETRY_AFTER: (&str, &str) = ("retry-after", "1");
+
+/// How long the beginning of an answer is held while nothing comes, in milliseconds; 0: for as long as it takes.
+const HOLD_MS: u64 = 0;
 
 /// After a connection was found dead, its unfinished write is given this long to fail too, so that the body
 /// comes back from the kernel.
@@ -181,14 +184,16 @@ async fn run(
     let switched = status == 101;
     // the body is only there once all of it is sent; without it the answer is as good as any
     let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
-    let question = if has_body { retries.question(status, outlet.answer.is_event_stream()) } else { None };
+    let question = if has_body { retries.question(status, Kind::of(&outlet.answer)) } else { None };
     let holds = question.is_some_and(|(_, holds)| holds);
     let mut peek = question
         .map(|(question, _)| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
     let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
     let mut step = if switched { None } else { plan.begin(&mut buffer) };
     if let (true, Seen::NeedMore, Some(peek), Some(step)) = (holds, &seen, &mut peek, &mut step) {
-        seen = match Box::pin(peek.hold(cx, reader, &mut plan, step, &mut buffer)).await {
+        seen = match Box::pin(peek.hold(cx, &outlet.watch, HOLD_MS, reader, &mut plan, step, &mut buffer))
+            .await
+        {
             Ok(seen) => seen,
             Err(failure) => return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole))),
         };

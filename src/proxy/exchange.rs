@@ -126,8 +126,9 @@ fn repeatable(client: &Client<'_>, endpoint: &Endpoint, inspected: &Inspected) -
     // what the body of one that may be stored says is only known where it was read
     let stores = endpoint.may_store && inspected.facts().is_none_or(|facts| facts.stores);
     let always = (endpoint.repeatable && !stores || reads) && request.upgrade().is_none();
+    let speech = endpoint.treatment == Treatment::Route(ModelSource::Multipart);
     let names_model = endpoint.treatment == Treatment::Route(ModelSource::Json);
-    Repeatable { always, generates: endpoint.generates(), names_model }
+    Repeatable { always, generates: endpoint.generates() || speech, names_model }
 }
 
 fn ours(endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {

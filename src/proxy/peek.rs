@@ -5,7 +5,7 @@
 
 use crate::{
     http::{ChunkTracker, ResponseFraming, ResponseHead},
-    net::{Buffer, ReadAhead},
+    net::{Buffer, ReadAhead, Watch},
     proxy::{
         context::{Context, HEADROOM, LARGE_BYTES},
         relay::{Plan, Step},
@@ -88,6 +88,10 @@ impl Peek {
 
     /// Looks at the part of the body that came with the head.
     pub(super) fn first(&mut self, part: &[u8]) -> Seen {
+        let about_body = matches!(self.question, Question::Begins | Question::Whole);
+        if about_body && self.framing == ResponseFraming::None {
+            return Seen::Pass;
+        }
         // mostly all of it is there, and need not be copied
         if let ResponseFraming::Length(length) = self.framing
             && let Some(body) = usize::try_from(length).ok().and_then(|length| part.get(..length))
@@ -128,24 +132,32 @@ impl Peek {
     }
 
     /// Reads on until it is decided what becomes of the answer; what came so far stands in `buffer`, and all that
-    /// came does afterwards, as the plan has it.
+    /// came does afterwards, as the plan has it. After `most_ms` without a byte it is passed on (0: never): whoever
+    /// must not keep the client waiting in silence holds no longer than that, and the read goes on.
     ///
     /// # Errors
     /// The answer broke off or its framing is broken.
     ///
     /// # Cancellation
     /// Bytes may be lost: the worker's connection must be closed.
+    #[expect(clippy::too_many_arguments, reason = "what an attempt is made of")]
     pub(super) async fn hold(
         &mut self,
         cx: &Context,
+        watch: &Watch,
+        most_ms: u64,
         reader: &mut ReadAhead,
         plan: &mut Plan,
         step: &mut Step,
         buffer: &mut Buffer,
     ) -> Result<Seen, Failure> {
         loop {
-            // Whoever must not wait any longer (a client that was promised comments) ends it here, with Seen::Pass.
-            let (result, mut part) = reader.read(|| cx.buffers.large()).await;
+            reader.arm(cx.buffers.large());
+            // without a limit as long as a worker may take for its first token: nobody knows how long that is
+            let Ok((result, mut part)) = watch.limit(most_ms, reader.read(|| cx.buffers.large())).await
+            else {
+                return Ok(Seen::Pass);
+            };
             let seen = match result {
                 Ok(count) if count > 0 => self.look(part.filled()),
                 Ok(_) if self.framing == ResponseFraming::UntilClose => {

@@ -323,6 +323,15 @@ variants! {
         }
     }
 
+    fn u12_a_malformed_answer_is_told_and_not_asked_for_again(v: Variant) {
+        for malformed in ["HTTP/1.1 2000 OK\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\na"] {
+            let workers = [(); 2].map(|()| failing(CHAT, script().send(malformed)));
+            let proxy = turns(v, [&workers[0], &workers[1]]).start();
+            proxy.client().chat("m").expect(502);
+            assert_eq!(workers.iter().map(|worker| worker.requests().len()).sum::<usize>(), 1, "{malformed}");
+        }
+    }
+
     fn u14_an_empty_document_is_asked_for_elsewhere(v: Variant) {
         let (failing, well) = (failing(CHAT, script().send(json_answer(""))), worker().start());
         let proxy = turns(v, [&failing, &well]).start();

@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::{
     base::Millis,
-    http::{RequestError, ResponseError},
+    http::{RequestError, ResponseError, ResponseHead},
     proxy::{
         RetrySettings,
         budget::{Budget, Spent},
@@ -172,6 +172,11 @@ impl Failure {
     }
 }
 
+/// Whether an answer in hand may be given up for what this worker will say: one that sleeps would say nothing.
+fn is_well(worker: &Worker) -> bool {
+    worker.usable() && !worker.engine().asleep()
+}
+
 /// Errors of connecting that are this host's, not the worker's: no free descriptor, port or memory
 /// (`faults.md` P3, P4).
 fn is_ours(error: &io::Error) -> bool {
@@ -205,6 +210,29 @@ pub(super) enum Without {
     Chance,
     /// There are too many over all traffic.
     Budget,
+}
+
+/// What the body of an answer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A stream of events.
+    Events,
+    /// One JSON document.
+    Json,
+    Other,
+}
+
+impl Kind {
+    /// As the head says.
+    pub(super) fn of(answer: &ResponseHead) -> Self {
+        const JSON: &[u8] = b"application/json";
+        let kind = answer.content_type().unwrap_or_default();
+        match kind.get(..JSON.len()) {
+            Some(essence) if essence.eq_ignore_ascii_case(JSON) => Self::Json,
+            _ if answer.is_event_stream() => Self::Events,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// What a worker's answer has to be asked before it is passed on.
@@ -351,10 +379,10 @@ impl<'a> Retries<'a> {
     /// What an answer of this kind has to be asked before it is passed on, and whether it is worth waiting for what
     /// says so: whether another attempt can be made at all (but for the budget, which is not asked before it is
     /// needed). The last of several attempts is only looked at, so that it is counted for what it is.
-    pub(super) fn question(&self, status: u16, events: bool) -> Option<(Question, bool)> {
+    pub(super) fn question(&self, status: u16, kind: Kind) -> Option<(Question, bool)> {
         let question = match status {
-            200 if events => Question::Begins,
-            200 if self.asked.generates => Question::Whole,
+            200 if self.asked.generates && kind == Kind::Events => Question::Begins,
+            200 if self.asked.generates && kind == Kind::Json => Question::Whole,
             200..400 => return None,
             _ if self.settings.is_retried(status) => Question::Nothing,
             429 | 503 => Question::Busy,
@@ -489,7 +517,7 @@ impl<'a> Retries<'a> {
         self.serving.iter().any(|&position| {
             position != self.position
                 && !self.tried.contains(position)
-                && (!usable || self.fleet.workers.get(position).is_some_and(|worker| worker.usable()))
+                && (!usable || self.fleet.workers.get(position).is_some_and(|worker| is_well(worker)))
         })
     }
 

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::workers::{Health, ModelSettings, Registry};
+use crate::workers::{EngineStats, Health, ModelSettings, Registry};
 
 const REPEATABLE: Repeatable = Repeatable { always: true, generates: true, names_model: true };
 
@@ -142,9 +142,17 @@ fn an_unusable_worker_is_good_enough_where_nothing_is_lost_but_no_answer_is_give
     assert_eq!(exchange.retries().fails(0, &busy()), Next::GiveUp(Without::Chance));
     let mut retries = exchange.retries();
     retries.begin(0, false);
-    assert_eq!(retries.question(503, false), None);
+    assert_eq!(retries.question(503, Kind::Json), None);
     exchange.fleet.workers[1].set_health(Health::Up);
-    assert_eq!(retries.question(503, false), Some((Question::Busy, true)));
+    let sleeps = |asleep| {
+        exchange.fleet.workers[1]
+            .engine()
+            .set(&EngineStats { asleep: Some(asleep), ..EngineStats::default() }, 0);
+    };
+    sleeps(true);
+    assert_eq!(retries.question(503, Kind::Json), None, "it would never answer");
+    sleeps(false);
+    assert_eq!(retries.question(503, Kind::Json), Some((Question::Busy, true)));
 }
 
 #[test]
@@ -190,7 +198,7 @@ fn what_a_worker_may_have_done_is_not_sent_again_unless_it_is_repeatable() {
     assert_eq!(retries.fails_fresh(0, &refused()), Next::GiveUp(Without::Use), "the first may have seen it");
     retries.begin(0, false);
     for status in [200, 404, 429, 500, 502, 503] {
-        assert_eq!(retries.question(status, true), None, "{status}");
+        assert_eq!(retries.question(status, Kind::Events), None, "{status}");
     }
 }
 
@@ -289,30 +297,31 @@ fn an_answer_is_asked_what_its_status_calls_for() {
     let exchange = Exchange::with(2);
     let mut retries = exchange.retries();
     retries.begin(0, false);
-    for (status, events, question) in [
-        (200, true, Some(Question::Begins)),
-        (200, false, Some(Question::Whole)),
-        (204, false, None),
-        (301, false, None),
-        (400, false, None),
-        (404, false, Some(Question::ModelLost)),
-        (408, false, None),
-        (429, false, Some(Question::Busy)),
-        (500, false, Some(Question::EngineDead)),
-        (501, false, None),
-        (502, false, Some(Question::Nothing)),
-        (503, false, Some(Question::Busy)),
-        (504, false, None),
+    for (status, kind, question) in [
+        (200, Kind::Events, Some(Question::Begins)),
+        (200, Kind::Json, Some(Question::Whole)),
+        (200, Kind::Other, None),
+        (204, Kind::Json, None),
+        (301, Kind::Json, None),
+        (400, Kind::Json, None),
+        (404, Kind::Json, Some(Question::ModelLost)),
+        (408, Kind::Json, None),
+        (429, Kind::Json, Some(Question::Busy)),
+        (500, Kind::Json, Some(Question::EngineDead)),
+        (501, Kind::Json, None),
+        (502, Kind::Json, Some(Question::Nothing)),
+        (503, Kind::Json, Some(Question::Busy)),
+        (504, Kind::Json, None),
     ] {
-        assert_eq!(retries.question(status, events), question.map(|question| (question, true)), "{status}");
+        assert_eq!(retries.question(status, kind), question.map(|question| (question, true)), "{status}");
     }
     let mut other = exchange.asking(Repeatable { always: true, ..Repeatable::default() });
     other.begin(0, false);
-    assert_eq!((other.question(200, false), other.question(404, false)), (None, None));
+    assert_eq!((other.question(200, Kind::Json), other.question(404, Kind::Json)), (None, None));
     // the last one is only looked at
     retries.begin(1, false);
     retries.tried.add(0);
-    assert_eq!(retries.question(200, true), Some((Question::Begins, false)));
+    assert_eq!(retries.question(200, Kind::Events), Some((Question::Begins, false)));
 }
 
 #[test]
