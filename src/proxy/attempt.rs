@@ -134,7 +134,8 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
     Box::pin(cx.pool.open(worker, &client.outlet.watch)).await.map_err(Failure::Connect)
 }
 
-/// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has read all.
+/// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has
+/// read all.
 #[expect(clippy::too_many_arguments, reason = "it is the second half of attempt")]
 async fn run(
     client: &mut Client<'_>,
@@ -167,7 +168,7 @@ async fn run(
     let mut buffer = match received {
         Ok(Ok(buffer)) => buffer,
         Ok(Err(failure)) => {
-            if failure.reason().is_some() {
+            if keeps && failure.reason().is_some() {
                 outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
             }
             return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
@@ -182,10 +183,9 @@ async fn run(
     let mut plan = Plan::of(outlet.answer.framing(), version);
     let status = outlet.answer.status();
     let switched = status == 101;
+    let question = retries.question(status, Kind::of(&outlet.answer));
     // the body is only there once all of it is sent; without it the answer is as good as any
-    let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
-    let question = if has_body { retries.question(status, Kind::of(&outlet.answer)) } else { None };
-    let holds = question.is_some_and(|(_, holds)| holds);
+    let holds = body_sent && question.is_some_and(|(_, holds)| holds);
     let mut peek = question
         .map(|(question, _)| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
     let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
@@ -212,7 +212,7 @@ async fn run(
     }
     let mut counted = status;
     if let Seen::Poor(failure) = seen {
-        if retries.gives_up(cx, worker, &failure) {
+        if retries.gives_up(cx, worker, &failure, body_sent) {
             let reusable = step.is_some_and(Step::is_clean_end) && outlet.answer.keep_alive();
             cx.buffers.recycle(buffer);
             return Ran::Over {
@@ -222,6 +222,7 @@ async fn run(
         }
         // whatever its status, it is no success
         counted = failure.counted_as(status);
+        retries.passed(failure);
     }
 
     // it is said of the server, not of one of its ranks

@@ -86,7 +86,12 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         };
         let (failure, kept) =
             match attempt(client, &account, &chosen.worker, body, manner, &mut retries).await {
-                Attempted::Answered(after) => return after,
+                Attempted::Answered(after) => {
+                    if let Some(failure) = retries.take_passed() {
+                        judge(&chosen.worker, &failure);
+                    }
+                    return after;
+                }
                 Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
                 Attempted::Failed(failure, kept) => (failure, kept),
             };

@@ -213,6 +213,16 @@ variants! {
         assert_eq!(count(&proxy, "engine_dead"), 1.0);
     }
 
+    fn u6_a_dead_engine_is_out_even_where_its_answer_has_to_be_passed_on(v: Variant) {
+        let dead = failing("/v1/files", refusal("500 Internal Server Error", "", DEAD));
+        let well = failing("/v1/files", script().send(json_answer("{}")));
+        let proxy = turns(v, [&dead, &well]).start();
+        let mut client = proxy.client();
+        let statuses: Vec<u16> = (0..4).map(|_| client.post("/v1/files", "{}").status).collect();
+        assert_eq!(statuses.iter().filter(|status| **status == 500).count(), 1, "{statuses:?}");
+        assert_eq!(proxy.usable_workers(), [well.url()]);
+    }
+
     fn u6_two_dead_engines_are_told_to_the_client(v: Variant) {
         let workers = [(); 3].map(|()| failing(CHAT, refusal("500 Internal Server Error", "", DEAD)));
         let proxy = workers.iter().fold(proxy(v), |proxy, worker| proxy.worker(worker))

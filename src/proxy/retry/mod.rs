@@ -275,6 +275,8 @@ pub(super) struct Retries<'a> {
     spent: Option<Spent<'a>>,
     /// What was decided of an answer before it was given up.
     decided: Option<Next>,
+    /// What is wrong with the answer that was passed on.
+    passed: Option<Failure>,
 }
 
 /// What a request lets be done with it.
@@ -351,6 +353,7 @@ impl<'a> Retries<'a> {
             barred: Vec::new(),
             spent: None,
             decided: None,
+            passed: None,
         }
     }
 
@@ -378,7 +381,8 @@ impl<'a> Retries<'a> {
 
     /// What an answer of this kind has to be asked before it is passed on, and whether it is worth waiting for what
     /// says so: whether another attempt can be made at all (but for the budget, which is not asked before it is
-    /// needed). The last of several attempts is only looked at, so that it is counted for what it is.
+    /// needed). The last of several attempts is only looked at, so that it is counted for what it is; and a dead
+    /// engine is to be known whoever meets it.
     pub(super) fn question(&self, status: u16, kind: Kind) -> Option<(Question, bool)> {
         let question = match status {
             200 if self.asked.generates && kind == Kind::Events => Question::Begins,
@@ -391,8 +395,9 @@ impl<'a> Retries<'a> {
             _ => return None,
         };
         let again = question == Question::Nothing;
-        let holds = self.has_attempts() && (again || self.leaves(true));
-        (self.asked.always && (holds || self.attempts > 1)).then_some((question, holds))
+        let holds = self.asked.always && self.has_attempts() && (again || self.leaves(true));
+        let looks = self.asked.always && self.attempts > 1 || question == Question::EngineDead;
+        (holds || looks).then_some((question, holds))
     }
 
     /// Whether this body names a model that workers have listed, so that a worker that knows it not has lost it.
@@ -405,10 +410,20 @@ impl<'a> Retries<'a> {
 
     /// Decides before an answer is given up: whether it is. If so the allowance for another attempt is taken, and
     /// [`Retries::next`] says the same.
-    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure) -> bool {
-        let next = self.counted(cx, worker, failure, true);
+    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> bool {
+        let next = self.counted(cx, worker, failure, kept);
         self.decided = (!matches!(next, Next::GiveUp(_))).then_some(next);
         self.decided.is_some()
+    }
+
+    /// The answer is passed on although it is this failure.
+    pub(super) fn passed(&mut self, failure: Failure) {
+        self.passed = Some(failure);
+    }
+
+    /// What the answer was that was passed on, if it was a failure.
+    pub(super) fn take_passed(&mut self) -> Option<Failure> {
+        self.passed.take()
     }
 
     /// What to do after a failed attempt on `worker`; `kept`: the body is there.

@@ -197,7 +197,12 @@ fn what_a_worker_may_have_done_is_not_sent_again_unless_it_is_repeatable() {
     assert_eq!(retries.fails(0, &stale()), Next::GiveUp(Without::Use));
     assert_eq!(retries.fails_fresh(0, &refused()), Next::GiveUp(Without::Use), "the first may have seen it");
     retries.begin(0, false);
-    for status in [200, 404, 429, 500, 502, 503] {
+    assert_eq!(
+        retries.question(500, Kind::Json),
+        Some((Question::EngineDead, false)),
+        "to be known, not given up"
+    );
+    for status in [200, 404, 429, 502, 503] {
         assert_eq!(retries.question(status, Kind::Events), None, "{status}");
     }
 }
