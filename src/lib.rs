@@ -52,8 +52,9 @@
 //!    [`workers::InFlight`] counts it, [`upstream::Pool`] has a connection, head and body leave in one send
 //!    (`proxy/attempt.rs`), and the answer's head is awaited at the same time. However it ends, the router hears
 //!    of it.
-//! 6. **Another attempt?** `proxy/retry.rs` decides, and nothing else does. What a failure says of its worker decides
-//!    `proxy/judge.rs`: a breaker hears only of what the request cannot have caused.
+//! 6. **Another attempt?** `proxy/retry/` decides, and nothing else does. An answer that may still turn out to be
+//!    none is held back until then (`proxy/peek.rs`). What a failure says of its worker decides `proxy/judge.rs`: a
+//!    breaker hears only of what the request cannot have caused.
 //! 7. **Relay** (`proxy/relay.rs`): each read is sent at once out of the buffer that it was read into;
 //!    [`http::ChunkTracker`] watches for the end without changing a byte, and `proxy/listener.rs` for the first
 //!    token and the usage. A stream of events that breaks is ended as vLLM ends its own ([`vllm::errors::stream`],

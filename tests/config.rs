@@ -176,6 +176,24 @@ fn limits_themselves_are_allowed() {
 }
 
 #[test]
+fn attempts_are_counted_in_one_way_and_pauses_set_in_one_way() {
+    for (first, second) in [
+        ("--max-retries=3", "--retry-max-retries=4"),
+        ("--retry-delay=1", "--retry-initial-backoff-ms=5"),
+        ("--retry-delay=1", "--retry-max-backoff-ms=5"),
+        ("--retry-delay=1", "--retry-backoff-multiplier=2"),
+        ("--retry-delay=1", "--retry-jitter-factor=0"),
+    ] {
+        let told = refused(&[], &[first, second]);
+        let name = |flag: &str| flag.split('=').next().map(str::to_owned).unwrap_or_default();
+        assert!(told.contains("cannot be used with") && told.contains(&name(first)), "{told}");
+        assert!(told.contains(&name(second)), "{told}");
+    }
+    let both = [("VLLM_PROXY_MAX_RETRIES", "2"), ("VLLM_PROXY_RETRY_MAX_RETRIES", "3")];
+    assert!(refused(&both, &[]).contains("cannot be used with"));
+}
+
+#[test]
 fn worker_urls_and_static_backends_are_one_list() {
     for flags in [
         &["--worker-urls", "http://a", "http://b:80/"][..],

@@ -70,7 +70,7 @@ variants! {
 
     fn a_reused_connection_that_dies_under_a_request_gets_a_fresh_one(v: Variant) {
         for reset in [false, true] {
-            let worker = worker().on_request("/once", move |request| match request.nth {
+            let worker = worker().on_request("/v1/embeddings", move |request| match request.nth {
                 0 => script().send(json_answer("{}")),
                 _ if reset => script().reset(),
                 _ => script().close(),
@@ -79,7 +79,7 @@ variants! {
             let mut client = proxy.client();
             let body = crate::compat::noise(30_000);
             for count in 1..=4 {
-                let answer = client.request("POST", "/once", "", &body);
+                let answer = client.request("POST", "/v1/embeddings", "", &body);
                 assert_eq!(answer.status, 200, "request {count}, reset {reset}: {answer}");
                 assert!(worker.requests().last().unwrap().body == body, "the retry was sent another body");
             }
@@ -104,12 +104,12 @@ variants! {
     }
 
     fn a_reused_connection_gets_one_fresh_one_and_no_more(v: Variant) {
-        let worker = worker().on("/v1/files", script().close()).start();
+        let worker = worker().on("/v1/embeddings", script().close()).start();
         let proxy = proxy(v).worker(&worker).start();
         let mut client = proxy.client();
         client.chat("m").expect(200);
-        assert_error(&client.post("/v1/files", "{}"), 502, "Bad Gateway");
-        let got: Vec<_> = worker.requests().into_iter().filter(|got| got.path() == "/v1/files").collect();
+        assert_error(&client.post("/v1/embeddings", "{}"), 502, "Bad Gateway");
+        let got: Vec<_> = worker.requests().into_iter().filter(|got| got.path() == "/v1/embeddings").collect();
         assert_eq!(got.len(), 2);
         assert_ne!(got[0].connection, got[1].connection);
     }

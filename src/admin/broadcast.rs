@@ -81,6 +81,9 @@ async fn broadcast(admin: &Admin, rule: Aggregate, empties_cache: bool, request:
         // Whoever loads an adapter uses it with the next request; who sleeps is sent none.
         join_all(workers.iter().map(|worker| admin.control.learn_again(worker))).await;
     }
+    if answers.iter().all(nobody_there) {
+        return respond::no_worker();
+    }
     answer(rule, only_good(&head.method, answers))
 }
 
@@ -111,6 +114,11 @@ fn has_done(answer: &Answer) -> bool {
     let Ok((_, 200..300, body)) = answer else { return false };
     let success = serde_json::from_slice(body).ok().and_then(|done: Done| done.success);
     success != Some(Value::Bool(false))
+}
+
+/// Whether the worker could not be reached, and so has done nothing.
+fn nobody_there(answer: &Answer) -> bool {
+    matches!(answer, Err((_, AttemptError::Connect(_) | AttemptError::Unresolved)))
 }
 
 /// The answers that count, failures as the errors they would be for a client.

@@ -327,11 +327,11 @@ fn no_worker_at_all_is_a_503_in_vllms_shape() {
 }
 
 #[test]
-fn a_worker_that_refuses_is_marked_down_and_told_as_a_bad_gateway() {
+fn when_every_worker_refuses_they_are_down_and_the_client_is_told_to_come_back() {
     let worker = Fake::start();
     let running = Running::start(&[&worker]);
     drop(worker);
-    assert_eq!(running.get("/load").status, 502);
+    assert_eq!(running.get("/load").status, 503);
     assert_eq!(running.fleet.load().workers[0].health(), Health::Down);
 }
 

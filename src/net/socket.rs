@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     pin::{Pin, pin},
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Waker},
     time::Duration,
 };
 
@@ -90,8 +90,6 @@ pub struct ReadAhead(Ahead);
 enum Ahead {
     Idle(ReadHalf),
     Armed(Armed),
-    /// A read is done, and its result not yet taken.
-    Done(ReadHalf, io::Result<usize>, Buffer),
     /// A read was dropped before it was done.
     Lost,
 }
@@ -102,15 +100,24 @@ impl ReadAhead {
         Self(Ahead::Idle(half))
     }
 
-    /// Begins the next read, behind what `buffer` holds.
+    /// Begins the next read, behind what `buffer` holds. What is there already counts as what nobody asked for.
     pub fn arm(&mut self, buffer: Buffer) {
+        self.prepare(buffer);
+        // the operation exists from its first poll on
+        self.is_quiet();
+    }
+
+    /// Prepares the next read, behind what `buffer` holds, so that [`ReadAhead::read`] can be given up and taken up
+    /// again.
+    pub fn prepare(&mut self, buffer: Buffer) {
+        if !matches!(self.0, Ahead::Idle(_)) {
+            return;
+        }
         if let Ahead::Idle(mut half) = std::mem::replace(&mut self.0, Ahead::Lost) {
             self.0 = Ahead::Armed(Box::pin(async move {
                 let (result, buffer) = half.read(buffer).await;
                 (half, result, buffer)
             }));
-            // the operation exists from its first poll on
-            self.is_quiet();
         }
     }
 
@@ -124,42 +131,24 @@ impl ReadAhead {
         false
     }
 
-    /// Waits until the read that is under way is done; at once if none is.
-    ///
-    /// # Cancellation
-    /// Nothing is lost: the read goes on.
-    pub async fn ready(&mut self) {
-        poll_fn(|context| {
-            if let Ahead::Armed(armed) = &mut self.0 {
-                let (half, result, buffer) = ready!(armed.as_mut().poll(context));
-                self.0 = Ahead::Done(half, result, buffer);
-            }
-            Poll::Ready(())
-        })
-        .await;
-    }
-
     /// Ends the read that is under way, or reads into what `buffer` makes. 0 is the end of the stream.
     ///
     /// # Cancellation
-    /// As [`ReadHalf::read`].
+    /// A read that was under way before ([`ReadAhead::arm`], [`ReadAhead::prepare`]) stays so, and nothing is lost; else as
+    /// [`ReadHalf::read`].
     pub async fn read(&mut self, buffer: impl FnOnce() -> Buffer) -> (io::Result<usize>, Buffer) {
+        if let Ahead::Armed(armed) = &mut self.0 {
+            let (half, result, buffer) = armed.as_mut().await;
+            self.0 = Ahead::Idle(half);
+            return (result, buffer);
+        }
         match std::mem::replace(&mut self.0, Ahead::Lost) {
             Ahead::Idle(mut half) => {
                 let (result, buffer) = half.read(buffer()).await;
                 self.0 = Ahead::Idle(half);
                 (result, buffer)
             }
-            Ahead::Armed(armed) => {
-                let (half, result, buffer) = armed.await;
-                self.0 = Ahead::Idle(half);
-                (result, buffer)
-            }
-            Ahead::Done(half, result, buffer) => {
-                self.0 = Ahead::Idle(half);
-                (result, buffer)
-            }
-            Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
+            Ahead::Armed(_) | Ahead::Lost => (Err(io::ErrorKind::NotConnected.into()), buffer()),
         }
     }
 }
@@ -169,7 +158,6 @@ impl fmt::Debug for ReadAhead {
         f.write_str(match self.0 {
             Ahead::Idle(_) => "ReadAhead::Idle",
             Ahead::Armed(_) => "ReadAhead::Armed",
-            Ahead::Done(..) => "ReadAhead::Done",
             Ahead::Lost => "ReadAhead::Lost",
         })
     }

@@ -21,7 +21,7 @@ use crate::{
         peek::{Peek, Seen},
         relay::{Plan, Relayed, Step, relay},
         respond,
-        retry::{Failure, Retries},
+        retry::{Failure, Kind, Retries},
         tunnel::tunnel,
     },
     telemetry::metrics::Break,
@@ -86,7 +86,8 @@ pub(super) async fn attempt(
     let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
     // what can't be sent again is not risked on a connection that may be stale; our own control thread closes none
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
-    let fresh = manner.fresh || !keeps && !(manner.ours && matches!(body, Body::Whole(_)));
+    let may_rest = keeps || manner.ours && matches!(body, Body::Whole(_));
+    let fresh = manner.fresh || !may_rest;
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
@@ -136,7 +137,8 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
     })
 }
 
-/// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has read all.
+/// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has
+/// read all.
 #[expect(clippy::too_many_arguments, reason = "it is the second half of attempt")]
 async fn run(
     client: &mut Client<'_>,
@@ -177,7 +179,7 @@ async fn run(
             return Ran::over(Attempted::Failed(Failure::TotalTime, None));
         }
         Ok(Err(failure)) => {
-            if failure.reason().is_some() {
+            if keeps && failure.reason().is_some() {
                 outlet.watch.limit(GIVE_BACK_MS, sending.as_mut()).await.ok();
             }
             return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole)));
@@ -198,14 +200,15 @@ async fn run(
     let mut plan = Plan::of(outlet.answer.framing(), speaks, version);
     let status = outlet.answer.status();
     let switched = status == 101;
+    let kind = if speaks == events { Kind::of(&outlet.answer) } else { Kind::Other };
+    let question = retries.question(status, kind);
     // the body is only there once all of it is sent; without it the answer is as good as any
-    let has_body = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(Some(_))));
-    let question = if has_body && speaks == events { retries.question(status, events) } else { None };
-    let mut peek =
-        question.map(|question| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
+    let holds = body_sent && question.is_some_and(|(_, holds)| holds);
+    let mut peek = question
+        .map(|(question, _)| Peek::new(question, &outlet.answer, std::mem::take(&mut outlet.scratch)));
     let mut seen = peek.as_mut().map_or(Seen::Pass, |peek| peek.first(buffer.filled()));
     let mut step = if switched { None } else { plan.begin(&mut buffer) };
-    if let (Seen::NeedMore, Some(peek), Some(step)) = (&seen, &mut peek, &mut step) {
+    if let (true, Seen::NeedMore, Some(peek), Some(step)) = (holds, &seen, &mut peek, &mut step) {
         seen = match Box::pin(peek.hold(cx, &watch, reader, &mut plan, step, &mut buffer)).await {
             Ok(seen) => seen,
             Err(failure) => return Ran::over(Attempted::Failed(failure, kept(sending).map(Body::Whole))),
@@ -217,9 +220,15 @@ async fn run(
     if step.is_none() && !switched {
         return Ran::over(Attempted::Failed(Failure::AnswerBody, None));
     }
+    if matches!(seen, Seen::Poor(Failure::ModelLost))
+        && let Some(Sent::Complete(Some(body))) = sending.as_mut().output_mut()
+        && !retries.is_listed(body.filled())
+    {
+        seen = Seen::Pass;
+    }
     let mut counted = status;
     if let Seen::Poor(failure) = seen {
-        if retries.gives_up(cx, worker, &failure) {
+        if retries.gives_up(cx, worker, &failure, body_sent) {
             let reusable = step.is_some_and(Step::is_clean_end) && outlet.answer.keep_alive();
             cx.buffers.recycle(buffer);
             return Ran::Over {
@@ -229,6 +238,7 @@ async fn run(
         }
         // whatever its status, it is no success
         counted = failure.counted_as(status);
+        retries.passed(failure);
     }
 
     // it is said of the server, not of one of its ranks

@@ -20,7 +20,7 @@ use crate::{
         serving::{Serving, who},
     },
     telemetry::metrics::Refusal,
-    vllm::{self, Endpoint, Treatment},
+    vllm::{self, Endpoint, ModelSource, Treatment},
     workers::Fleet,
 };
 
@@ -67,7 +67,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let framing = framing(client.request.framing(), &body);
 
     // 5. attempts, until one is answered
-    let asked_for = repeatable(client, endpoint, &serving, &inspected);
+    let asked_for = repeatable(client, endpoint, &inspected);
     let mut retries = Retries::new(&cx.retries, &cx.budget, &fleet, serving.positions(), asked_for);
     let mut judge = Judge::new(&cx.clock);
     let mut fresh: Option<Chosen<'_>> = None;
@@ -89,7 +89,10 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         let (failure, kept) =
             match attempt(client, &account, &chosen.worker, body, manner, &mut retries).await {
                 Attempted::Answered(after) => {
-                    judge.answered(&chosen.worker, account.status());
+                    match retries.take_passed() {
+                        Some(failure) => judge.failed(&chosen.worker, &failure),
+                        None => judge.answered(&chosen.worker, account.status()),
+                    }
                     return after;
                 }
                 Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
@@ -125,19 +128,15 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 }
 
 /// What may be done with a request (`faults.md` §4).
-fn repeatable(
-    client: &Client<'_>,
-    endpoint: &Endpoint,
-    serving: &Serving<'_>,
-    inspected: &Inspected,
-) -> Repeatable {
+fn repeatable(client: &Client<'_>, endpoint: &Endpoint, inspected: &Inspected) -> Repeatable {
     let request = &client.request;
     let reads = matches!(request.method(), "GET" | "HEAD");
     // what the body of one that may be stored says is only known where it was read
     let stores = endpoint.may_store && inspected.facts().is_none_or(|facts| facts.stores);
     let always = (endpoint.repeatable && !stores || reads) && request.upgrade().is_none();
-    let listed = matches!(serving, Serving::Workers { model: Some(_), .. });
-    Repeatable { always, generates: endpoint.generates(), listed }
+    let speech = endpoint.treatment == Treatment::Route(ModelSource::Multipart);
+    let names_model = endpoint.treatment == Treatment::Route(ModelSource::Json);
+    Repeatable { always, generates: endpoint.generates() || speech, names_model }
 }
 
 fn ours(cx: &Context, endpoint: &Endpoint, fleet: &Fleet) -> Option<Answer> {

@@ -88,6 +88,10 @@ impl Peek {
 
     /// Looks at the part of the body that came with the head.
     pub(super) fn first(&mut self, part: &[u8]) -> Seen {
+        let about_body = matches!(self.question, Question::Begins | Question::Whole);
+        if about_body && self.framing == ResponseFraming::None {
+            return Seen::Pass;
+        }
         // mostly all of it is there, and need not be copied
         if let ResponseFraming::Length(length) = self.framing
             && let Some(body) = usize::try_from(length).ok().and_then(|length| part.get(..length))
@@ -128,13 +132,15 @@ impl Peek {
     }
 
     /// Reads on until it is decided what becomes of the answer; what came so far stands in `buffer`, and all that
-    /// came does afterwards, as the plan has it.
+    /// came does afterwards, as the plan has it. A client that was promised comments
+    /// (`--sse-keepalive-secs`) is not kept waiting in silence: then the answer is passed on, and the read goes on.
     ///
     /// # Errors
     /// The answer broke off, its framing is broken, or the request's time is over.
     ///
     /// # Cancellation
     /// Bytes may be lost: the worker's connection must be closed.
+    #[expect(clippy::too_many_arguments, reason = "what an attempt is made of")]
     pub(super) async fn hold(
         &mut self,
         cx: &Context,
@@ -147,13 +153,12 @@ impl Peek {
         let events = self.question == Question::Begins;
         let keepalive_ms = if events { cx.settings.sse_keepalive_secs.saturating_mul(1000) } else { 0 };
         loop {
-            reader.arm(cx.buffers.large());
+            reader.prepare(cx.buffers.large());
             let quiet = watch.deadline_in(keepalive_ms);
-            if watch.stream_until(quiet, reader.ready()).await.is_err() {
-                // a client that was promised comments is not kept waiting; the read goes on
+            let reading = reader.read(|| cx.buffers.large());
+            let Ok((result, mut part)) = watch.stream_until(quiet, reading).await else {
                 return if watch.is_total_over() { Err(Failure::TotalTime) } else { Ok(Seen::Pass) };
-            }
-            let (result, mut part) = reader.read(|| cx.buffers.large()).await;
+            };
             let seen = match result {
                 Ok(count) if count > 0 => self.look(part.filled()),
                 Ok(_) if self.framing == ResponseFraming::UntilClose => {

@@ -50,7 +50,7 @@ pub struct Settings {
     pub response_timeout_secs: u64,
 
     /// Seconds that a worker may pause within an answer, from its body's first byte on; 0: as long as it likes
-    #[arg(long, env = "VLLM_PROXY_STREAM_IDLE_TIMEOUT_SECS", default_value_t = 600, value_name = "SECONDS")]
+    #[arg(long, env = "VLLM_PROXY_STREAM_IDLE_TIMEOUT_SECS", default_value_t = 1800, value_name = "SECONDS")]
     pub stream_idle_timeout_secs: u64,
 
     /// Seconds that a request may take from its head to the end of its answer; 0: no limit

@@ -9,7 +9,7 @@ variants! {
         let mut client = proxy.client();
         for count in 0..20 {
             let body = format!("request {count}");
-            assert_eq!(client.request("POST", "/e", "", body.as_bytes()).expect(200).text(), body);
+            assert_eq!(client.request("POST", "/tokenize", "", body.as_bytes()).expect(200).text(), body);
         }
         assert_eq!(worker.connections(), 1, "the worker's connection was not reused");
         assert_eq!(worker.requests().last().map(|last| last.nth), Some(19));
@@ -62,15 +62,15 @@ variants! {
         let worker = worker().echo().start();
         let proxy = proxy(v).worker(&worker).start();
         let mut client = proxy.client();
-        client.send(client::request("POST", "/e", "Connection: Close\r\n", b"a"));
+        client.send(client::request("POST", "/tokenize", "Connection: Close\r\n", b"a"));
         client.try_send(client::request("POST", "/never", "", b"b"));
         let answer = client.response().expect(200);
         assert_eq!(answer.text(), "a");
         assert_eq!(answer.header("connection").map(|value| value.to_lowercase()).as_deref(), Some("close"));
         client.expect_closed();
-        assert_eq!(worker.only_request().target, "/e");
+        assert_eq!(worker.only_request().target, "/tokenize");
         // the worker's connection is not the client's: it lives on
-        proxy.client().request("POST", "/e", "", b"c").expect(200);
+        proxy.client().request("POST", "/tokenize", "", b"c").expect(200);
         if v.shards == 1 {
             assert_eq!(worker.connections(), 1);
         }

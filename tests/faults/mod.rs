@@ -4,4 +4,5 @@ mod breaker;
 mod health;
 mod limits;
 mod resources;
+mod retries;
 mod streams;

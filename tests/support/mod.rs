@@ -15,6 +15,6 @@ pub(crate) mod worker;
 pub(crate) use client::{Client, End, Response};
 pub(crate) use eventually::{eventually, patience, tick};
 pub(crate) use process::{Ended, Log, binary, binary_with_log};
-pub(crate) use proxy::{Proxy, proxy};
+pub(crate) use proxy::{Builder as ProxyBuilder, Proxy, proxy};
 pub(crate) use variants::{Io, Variant, variants};
 pub(crate) use worker::{Gate, Worker, answer, dead_url, json_answer, script, sse_event, worker};

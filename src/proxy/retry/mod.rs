@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::{
     base::Millis,
-    http::{RequestError, ResponseError},
+    http::{RequestError, ResponseError, ResponseHead},
     proxy::{
         RetrySettings,
         budget::{Budget, Spent},
@@ -14,8 +14,8 @@ use crate::{
     },
     routing::Tried,
     telemetry::{Resource, metrics::Retry},
-    vllm::Unbegun,
-    workers::{Fleet, Worker},
+    vllm::{self, Unbegun},
+    workers::{Fleet, Resolved, Worker},
 };
 
 /// Why an exchange, or one attempt of it, failed.
@@ -185,6 +185,11 @@ impl Failure {
     }
 }
 
+/// Whether an answer in hand may be given up for what this worker will say: one that sleeps would say nothing.
+fn is_well(worker: &Worker) -> bool {
+    worker.usable() && !worker.rests()
+}
+
 /// Errors of connecting that are this host's, not the worker's: no free descriptor, port or memory
 /// (`faults.md` P3, P4).
 fn ours(error: &io::Error) -> bool {
@@ -215,6 +220,29 @@ pub(super) enum Without {
     Chance,
     /// There are too many over all traffic.
     Budget,
+}
+
+/// What the body of an answer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A stream of events.
+    Events,
+    /// One JSON document.
+    Json,
+    Other,
+}
+
+impl Kind {
+    /// As the head says.
+    pub(super) fn of(answer: &ResponseHead) -> Self {
+        const JSON: &[u8] = b"application/json";
+        let kind = answer.content_type().unwrap_or_default();
+        match kind.get(..JSON.len()) {
+            Some(essence) if essence.eq_ignore_ascii_case(JSON) => Self::Json,
+            _ if answer.is_event_stream() => Self::Events,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// What a worker's answer has to be asked before it is passed on.
@@ -257,6 +285,8 @@ pub(super) struct Retries<'a> {
     spent: Option<Spent<'a>>,
     /// What was decided of an answer before it was given up.
     decided: Option<Next>,
+    /// What is wrong with the answer that was passed on.
+    passed: Option<Failure>,
 }
 
 /// What a request lets be done with it.
@@ -266,8 +296,8 @@ pub(super) struct Repeatable {
     pub(super) always: bool,
     /// Its answer is generated text, which tells why it ended.
     pub(super) generates: bool,
-    /// It names a model that those who may serve it have listed.
-    pub(super) listed: bool,
+    /// Its body may name a model.
+    pub(super) names_model: bool,
 }
 
 /// What another attempt costs and may have.
@@ -333,6 +363,7 @@ impl<'a> Retries<'a> {
             barred: Vec::new(),
             spent: None,
             decided: None,
+            passed: None,
         }
     }
 
@@ -358,30 +389,51 @@ impl<'a> Retries<'a> {
         self.asked.always && body_bytes as u64 <= self.settings.retry_buffer_bytes
     }
 
-    /// What an answer of this kind has to be asked before it is passed on; `None` where another attempt cannot be
-    /// made anyway (but for the budget, which is not asked before it is needed).
-    pub(super) fn question(&self, status: u16, events: bool) -> Option<Question> {
+    /// What an answer of this kind has to be asked before it is passed on, and whether it is worth waiting for what
+    /// says so: whether another attempt can be made at all (but for the budget, which is not asked before it is
+    /// needed). The last of several attempts is only looked at, so that it is counted for what it is; and a dead
+    /// engine is to be known whoever meets it.
+    pub(super) fn question(&self, status: u16, kind: Kind) -> Option<(Question, bool)> {
         let question = match status {
-            200 if events => Question::Begins,
-            200 if self.asked.generates => Question::Whole,
+            200 if self.asked.generates && kind == Kind::Events => Question::Begins,
+            200 if self.asked.generates && kind == Kind::Json => Question::Whole,
             200..400 => return None,
             _ if self.settings.is_retried(status) => Question::Nothing,
             429 | 503 => Question::Busy,
             500 => Question::EngineDead,
-            404 if self.asked.listed => Question::ModelLost,
+            404 if self.asked.names_model => Question::ModelLost,
             _ => return None,
         };
         let again = question == Question::Nothing;
-        let possible = self.asked.always && self.has_attempts() && (again || self.leaves(true));
-        possible.then_some(question)
+        let holds = self.asked.always && self.has_attempts() && (again || self.leaves(true));
+        let looks = self.asked.always && self.attempts > 1 || question == Question::EngineDead;
+        (holds || looks).then_some((question, holds))
+    }
+
+    /// Whether this body names a model that workers have listed, so that a worker that knows it not has lost it.
+    pub(super) fn is_listed(&self, body: &[u8]) -> bool {
+        let facts = vllm::scan_json(body);
+        let name = facts.model.name(body);
+        let Some(name) = name else { return false };
+        matches!(self.fleet.resolve(Some(&name)), Resolved::Workers { model: Some(_), .. })
     }
 
     /// Decides before an answer is given up: whether it is. If so the allowance for another attempt is taken, and
     /// [`Retries::next`] says the same.
-    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure) -> bool {
-        let next = self.counted(cx, worker, failure, true);
+    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> bool {
+        let next = self.counted(cx, worker, failure, kept);
         self.decided = (!matches!(next, Next::GiveUp(_))).then_some(next);
         self.decided.is_some()
+    }
+
+    /// The answer is passed on although it is this failure.
+    pub(super) fn passed(&mut self, failure: Failure) {
+        self.passed = Some(failure);
+    }
+
+    /// What the answer was that was passed on, if it was a failure.
+    pub(super) fn take_passed(&mut self) -> Option<Failure> {
+        self.passed.take()
     }
 
     /// What to do after a failed attempt on `worker`; `kept`: the body is there.
@@ -487,7 +539,7 @@ impl<'a> Retries<'a> {
         self.serving.iter().any(|&position| {
             position != self.position
                 && !self.tried.contains(position)
-                && (!usable || self.fleet.workers.get(position).is_some_and(|worker| worker.usable()))
+                && (!usable || self.fleet.workers.get(position).is_some_and(|worker| is_well(worker)))
         })
     }
 
@@ -505,3 +557,5 @@ impl<'a> Retries<'a> {
         until.max().unwrap_or(0)
     }
 }
+#[cfg(test)]
+mod tests;
