@@ -16,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     admin,
+    admission::{Admission, Budget},
     base::Clock,
     config::Config,
     control, demo,
@@ -106,6 +107,14 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         let most = routing::MAX_SEATS;
         tracing::warn!(workers, most, "the prompts of the workers beyond are not remembered");
     }
+    let (entrance, mut bells) = entrance(&config, count)?;
+    let budget = Budget::new(config.admission.body_memory_bytes);
+    if let Some(entrance) = &entrance {
+        let (waiting, in_use) = (entrance.clone(), entrance.clone());
+        metrics.set_admission(move || waiting.waiting(), move || in_use.in_use());
+    }
+    let held = budget.clone();
+    metrics.set_body_bytes(move || held.held());
     let routing = routing::Shared::new(config.routing.clone(), workers);
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
@@ -114,6 +123,9 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         let parts = proxy::Parts {
             settings: config.proxy.clone(),
             upstream: config.upstream.clone(),
+            admission: config.admission.clone(),
+            entrance: entrance.clone(),
+            budget: budget.clone(),
             clock,
             fleet: fleet.clone(),
             admin: admin.clone(),
@@ -123,7 +135,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             fault: faults.on_request,
         };
         let (orders, ended) = (orders.clone(), end.clone());
-        let order = Start { listener, parts, orders, on_tick: faults.on_tick, ended };
+        let bell = bells.next();
+        let order = Start { listener, parts, bell, orders, on_tick: faults.on_tick, ended };
         starting.go.send(Order::Start(Box::new(order))).ok().context("a shard ended before it began")?;
         shards.push(starting.thread);
     }
@@ -263,6 +276,26 @@ fn run_until_signal(
     })
 }
 
+/// What shards let in together, and a bell for each of them; nothing where there is no limit.
+fn entrance(
+    config: &Config,
+    shards: usize,
+) -> anyhow::Result<(Option<Arc<Admission>>, std::vec::IntoIter<net::Bell>)> {
+    let capped = config.worker_urls.iter().any(|server| server.traits.max_concurrent_requests.is_some());
+    if !config.admission.limits(capped) {
+        return Ok((None, Vec::new().into_iter()));
+    }
+    let bells: Result<Vec<_>, _> = (0..shards).map(|_| net::bell()).collect();
+    let (ringers, bells): (Vec<net::Ringer>, Vec<net::Bell>) =
+        bells.context("cannot make a bell for a shard")?.into_iter().unzip();
+    let ring = move |shard: usize| {
+        if let Some(ringer) = ringers.get(shard) {
+            ringer.ring();
+        }
+    };
+    Ok((Some(Arc::new(Admission::new(&config.admission, ring))), bells.into_iter()))
+}
+
 /// The control thread's endpoints as a worker: its id follows those of the real ones.
 fn admin_worker(id: usize, address: SocketAddr) -> anyhow::Result<Worker> {
     let worker = Worker::new(id, format!("http://{address}").parse()?);
@@ -286,6 +319,7 @@ enum Order {
 struct Start {
     listener: TcpListener,
     parts: proxy::Parts,
+    bell: Option<net::Bell>,
     orders: Arc<Orders>,
     on_tick: Option<fn()>,
     ended: mpsc::Sender<()>,
@@ -353,9 +387,9 @@ fn shard_thread(
             }
             Order::Start(start) => {
                 let runtime = runtime.context("a shard was started before its runtime was built")?;
-                let Start { listener, parts, orders, on_tick, ended } = *start;
+                let Start { listener, parts, bell, orders, on_tick, ended } = *start;
                 let _tell = TellEnd(ended);
-                return shard::run(runtime, driver, listener, parts, orders, on_tick)
+                return shard::run(runtime, driver, listener, parts, bell, orders, on_tick)
                     .context("a shard failed");
             }
         }

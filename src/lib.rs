@@ -67,6 +67,7 @@
 //! `tests/architecture.rs` holds the sources against that table.
 
 pub mod admin;
+pub mod admission;
 pub mod app;
 pub mod base;
 pub mod config;

@@ -4,12 +4,14 @@
 //! [`Buffer`] by value and gives it back with the result. A read or write that is dropped before it is done is
 //! cancelled and its buffer lost: its connection must not be used any further.
 
+mod bell;
 mod buffer;
 mod contain;
 mod driver;
 mod socket;
 mod watch;
 
+pub use bell::{Bell, Ringer, bell};
 pub use buffer::Buffer;
 pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};

@@ -24,7 +24,7 @@ use crate::{
     },
     upstream::Connection,
     vllm,
-    workers::{Demand, InFlight, Worker},
+    workers::{InFlight, Worker},
 };
 
 /// The field in which vLLM tells its load to who asked for it with `endpoint-load-metrics-format` (ORCA).
@@ -56,8 +56,6 @@ pub(super) struct Manner {
     pub(super) fresh: bool,
     /// Whether there are workers of another kind, which may have the path if this one does not.
     pub(super) other_kinds: bool,
-    /// What the request is expected to ask of the worker.
-    pub(super) demand: Demand,
     /// Whether what the answer says of its tokens is of use.
     pub(super) listens: bool,
 }
@@ -70,18 +68,18 @@ pub(super) async fn attempt(
     client: &mut Client<'_>,
     account: &Account<'_>,
     worker: &Arc<Worker>,
+    in_flight: &mut InFlight,
     body: Body,
     manner: Manner,
 ) -> Attempted {
     let cx = client.cx;
-    let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
     // a body that is not kept can't be sent again, so it is not risked on a connection that may be stale
     let fresh = manner.fresh || matches!(body, Body::Streaming(_));
     let mut connection = match checkout(client, worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, &mut in_flight, &mut connection, body, manner).await {
+    match run(client, account, worker, in_flight, &mut connection, body, manner).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
                 cx.pool.put(worker, connection, cx.buffers.large());
@@ -133,7 +131,7 @@ async fn run(
     manner: Manner,
 ) -> Ran {
     let framing = manner.framing;
-    let Client { cx, inbox, request, outlet, head, .. } = client;
+    let Client { cx, inbox, request, outlet, head, held, .. } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();
@@ -180,6 +178,7 @@ async fn run(
     if let Some(body) = kept(sending.as_mut()) {
         cx.buffers.recycle(body);
     }
+    held.release();
     account.answered(outlet.answer.status());
     let closes = plan.closes;
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use crate::{
+    admission::Admission,
     proxy::{
         account::Account, body::Body, client::Client, context::Context, inspect::Inspected, serving::Serving,
     },
     routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Tried},
     vllm::Endpoint,
-    workers::{Demand, Fleet, Worker},
+    workers::{Demand, Fleet, InFlight, Worker},
 };
 
 /// What the choice of a worker may depend on.
@@ -65,6 +66,31 @@ pub(super) struct Chosen<'a> {
     pub(super) demand: Demand,
     /// The worker has not seen the request.
     pub(super) unsent: bool,
+    /// Its place among the worker's requests in flight.
+    pub(super) in_flight: InFlight,
+    // behind the place, which must be free when it is told
+    _room: RoomMade<'a>,
+}
+
+/// Tells those who wait for room on a worker that there may be some.
+struct RoomMade<'a>(Option<&'a Admission>);
+
+impl Drop for RoomMade<'_> {
+    fn drop(&mut self) {
+        if let Some(admission) = self.0 {
+            admission.room_made();
+        }
+    }
+}
+
+/// What came of choosing.
+pub(super) enum Choice<'a> {
+    /// A worker, and a place on it.
+    Of(Chosen<'a>),
+    /// Everybody who could be chosen has as many requests as it may.
+    Busy,
+    /// There is nobody left.
+    Nobody,
 }
 
 impl Drop for Chosen<'_> {
@@ -82,7 +108,7 @@ impl Drop for Chosen<'_> {
     }
 }
 
-/// Chooses a worker for the next attempt; `None`: there is nobody left.
+/// Chooses a worker for the next attempt; `room` is a place that was taken for it already.
 pub(super) fn choose<'a>(
     cx: &'a Context,
     account: &'a Account<'a>,
@@ -90,23 +116,68 @@ pub(super) fn choose<'a>(
     serving: &Serving<'_>,
     asked: &'a Asked<'a>,
     tried: &Tried,
-) -> Option<Chosen<'a>> {
-    let (worker, position, demand) = match serving {
-        Serving::Admin if tried.count() == 0 => (&cx.admin, 0, Demand::default()),
-        Serving::Admin => return None,
-        Serving::Workers { positions, .. } => {
-            let mut scratch = cx.positions.borrow_mut();
-            let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
-            let input = RouteInput {
-                random: cx.random(),
-                now: cx.clock.now(),
-                session: asked.session,
-                prompt: &asked.prompt,
-            };
-            let Selection { position, demand } =
-                cx.router.borrow_mut().choose(asked.model, &input, &candidates)?;
-            (&fleet.workers[position], position, demand)
-        }
+    room: Option<InFlight>,
+) -> Choice<'a> {
+    let chosen = |worker: &Arc<Worker>, position, demand, in_flight| {
+        // who has no limit is waited for by nobody
+        let limited = worker.traits().max_concurrent_requests.is_some();
+        let admission = if limited { cx.admission() } else { None };
+        Choice::Of(Chosen {
+            cx,
+            asked,
+            account,
+            position,
+            worker: worker.clone(),
+            demand,
+            unsent: false,
+            in_flight,
+            _room: RoomMade(admission),
+        })
     };
-    Some(Chosen { cx, asked, account, position, worker: worker.clone(), demand, unsent: false })
+    let positions = match serving {
+        Serving::Workers { positions, .. } => positions,
+        Serving::Admin if tried.count() == 0 => {
+            let in_flight = InFlight::begin(cx.admin.clone(), Demand::default());
+            return chosen(&cx.admin, 0, Demand::default(), in_flight);
+        }
+        Serving::Admin => return Choice::Nobody,
+    };
+    let is_its = |room: &InFlight| fleet.workers.iter().position(|worker| Arc::ptr_eq(worker, room.worker()));
+    let reserved = room.as_ref().and_then(is_its);
+    let mut room = room;
+    for _ in 0..=positions.len() {
+        let mut scratch = cx.positions.borrow_mut();
+        let candidates = match reserved {
+            Some(position) => Candidates::only(fleet, position, &mut scratch),
+            None => Candidates::of(fleet, positions, tried, &mut scratch),
+        };
+        let input = RouteInput {
+            random: cx.random(),
+            now: cx.clock.now(),
+            session: asked.session,
+            prompt: &asked.prompt,
+        };
+        let busy = candidates.are_busy();
+        let Some(selection) = cx.router.borrow_mut().choose(asked.model, &input, &candidates) else {
+            return if busy { Choice::Busy } else { Choice::Nobody };
+        };
+        let Selection { position, demand } = selection;
+        let worker = &fleet.workers[position];
+        let begun = match room.take() {
+            Some(mut place) => {
+                place.asks(demand);
+                Some(place)
+            }
+            None => InFlight::try_begin(worker, demand),
+        };
+        match begun {
+            Some(in_flight) => return chosen(worker, position, demand, in_flight),
+            // another shard was quicker: the choice comes to nothing, and this worker is full now
+            None => {
+                let outcome = Outcome { worker, prompt: &asked.prompt, demand, usage: None };
+                cx.router.borrow_mut().ended(asked.model, &outcome);
+            }
+        }
+    }
+    Choice::Busy
 }

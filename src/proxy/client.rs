@@ -3,6 +3,7 @@
 use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use crate::{
+    admission::Held,
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
     net::{Buffer, ReadHalf, Watch, WriteHalf, contain},
     proxy::{
@@ -44,6 +45,8 @@ pub(super) struct Client<'a> {
     pub(super) received_head: usize,
     /// The request's head as it goes to a worker.
     pub(super) head: Vec<u8>,
+    /// Memory for the request's body.
+    pub(super) held: Held,
 }
 
 /// The way to the client, and what is needed to write to it.
@@ -99,7 +102,8 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
 async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watch>) {
     let (request, answer, scratch, head) = Default::default();
     let outlet = Outlet { cx, writer, watch, answer, scratch };
-    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
+    let held = Held::nothing(cx.budget.clone());
+    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head, held };
     loop {
         let after = match client.read_head().await {
             Ok(Some(rest)) => Box::pin(exchange(&mut client, rest)).await,
@@ -149,6 +153,7 @@ impl Client<'_> {
     fn shrink(&mut self) {
         self.request.reset();
         self.outlet.answer.reset();
+        self.held.release();
         for bytes in [&mut self.head, &mut self.outlet.scratch] {
             if bytes.capacity() > RETAINED_BYTES {
                 *bytes = Vec::new();

@@ -8,9 +8,10 @@ use std::{
 };
 
 use crate::{
+    admission::{self, Admission, Budget},
     base::{Clock, Date},
     net::{Buffer, ShardClock, Watches},
-    proxy::Settings,
+    proxy::{Settings, admit::Entrance},
     routing::{Needs, Router, Shared},
     telemetry::metrics::{Metrics, ShardMetrics},
     upstream::{self, Pool},
@@ -37,6 +38,12 @@ pub struct Parts {
     pub settings: Settings,
     /// Connections to workers.
     pub upstream: upstream::Settings,
+    /// How much is let in at a time.
+    pub admission: admission::Settings,
+    /// What shards let in together; `None`: there is no limit.
+    pub entrance: Option<Arc<Admission>>,
+    /// Memory for bodies, of all shards.
+    pub budget: Arc<Budget>,
     /// The process's clock.
     pub clock: Clock,
     /// Where the newest fleet is.
@@ -62,6 +69,9 @@ pub struct Context {
     pub(super) buffers: Buffers,
     pub(super) admin: Arc<Worker>,
     pub(super) fault: Option<fn(&str)>,
+    /// `None`: there is no limit, and everybody comes in.
+    pub(super) entrance: Option<Entrance>,
+    pub(super) budget: Arc<Budget>,
     pub(super) router: RefCell<Router>,
     /// What the router has to know of a request.
     pub(super) needs: Needs,
@@ -82,10 +92,13 @@ impl Context {
     pub fn new(parts: Parts) -> Self {
         let clock = Rc::new(ShardClock::new(parts.clock));
         let router = Router::new(&parts.routing);
+        let entrance = |admission| Entrance::new(admission, &parts.admission);
         Self {
             pool: Pool::new(&parts.upstream, clock.clone()),
             watches: Watches::new(clock.clone()),
             clock,
+            entrance: parts.entrance.map(entrance),
+            budget: parts.budget,
             settings: parts.settings,
             buffers: Buffers::default(),
             admin: parts.admin,
@@ -119,6 +132,23 @@ impl Context {
     /// Where this shard counts.
     pub(super) fn metrics(&self) -> &ShardMetrics {
         self.metrics.shard(self.shard)
+    }
+
+    /// Position of this shard.
+    pub(super) fn shard(&self) -> usize {
+        self.shard
+    }
+
+    /// What shards let in together.
+    pub(super) fn admission(&self) -> Option<&Admission> {
+        self.entrance.as_ref().map(Entrance::admission)
+    }
+
+    /// The bell was rung: some of those who wait have been let in.
+    pub fn look(&self) {
+        if let Some(entrance) = &self.entrance {
+            entrance.look();
+        }
     }
 
     /// Chance (xorshift64).
@@ -170,6 +200,9 @@ impl Context {
     pub fn tick(&self) {
         self.watches.tick();
         self.pool.tick();
+        if let Some(entrance) = &self.entrance {
+            entrance.tick();
+        }
     }
 }
 

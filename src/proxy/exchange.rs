@@ -8,9 +8,10 @@ use crate::{
     net::Buffer,
     proxy::{
         account::Account,
+        admit::{self, Claim, admit},
         attempt::{Attempted, Manner, attempt},
         body::{self, Body},
-        choice::{Asked, Chosen, choose},
+        choice::{Asked, Choice, Chosen, choose},
         client::{After, Client},
         inspect::inspect,
         judge::judge,
@@ -46,6 +47,10 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         };
     }
 
+    if let Err(failure) = admit::before_body(client, endpoint) {
+        return refuse(client, &account, &failure).await;
+    }
+
     // 3. as much of the body as the way depends on, and what it says
     let (mut body, inspected) = match inspect(client, rest, endpoint, &fleet).await {
         Ok(inspected) => inspected,
@@ -61,26 +66,44 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         }
     };
     let asked = Asked::of(client, endpoint, &serving, &inspected, &mut body);
+    let claim = Claim::of(client, &inspected, &mut body);
     if let Serving::Workers { rename: Some(name), .. } = serving {
         inspected.rename(&mut body, name);
     }
     let framing = framing(client.request.framing(), &body);
+
+    let mut pass = match admit(client, &fleet, &serving, claim).await {
+        Ok(pass) => pass,
+        Err(failure) => return refuse(client, &account, &failure).await,
+    };
 
     // 5. attempts, until one is answered
     let mut tried = Tried::none();
     let mut fresh: Option<Chosen<'_>> = None;
     loop {
         let on_fresh = fresh.is_some();
-        let chosen = fresh.take().or_else(|| choose(cx, &account, &fleet, &serving, &asked, &tried));
-        let Some(mut chosen) = chosen else { return refuse(client, &account, &Failure::NoWorker).await };
+        let chosen = match fresh.take() {
+            Some(chosen) => Choice::Of(chosen),
+            None => choose(cx, &account, &fleet, &serving, &asked, &tried, pass.take_room()),
+        };
+        let mut chosen = match chosen {
+            Choice::Of(chosen) => chosen,
+            Choice::Nobody => return refuse(client, &account, &Failure::NoWorker).await,
+            Choice::Busy => {
+                let waited = admit::wait_for_room(client, &mut pass, &fleet, &serving, &tried, claim);
+                match Box::pin(waited).await {
+                    Ok(()) => continue,
+                    Err(failure) => return refuse(client, &account, &failure).await,
+                }
+            }
+        };
         let manner = Manner {
             framing,
             fresh: on_fresh,
             other_kinds: serving.has_other_kinds(),
-            demand: chosen.demand,
             listens: asked.listens,
         };
-        match attempt(client, &account, &chosen.worker, body, manner).await {
+        match attempt(client, &account, &chosen.worker, &mut chosen.in_flight, body, manner).await {
             Attempted::Answered(after) => return after,
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
@@ -96,6 +119,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
                     (Verdict::Fresh(reason), Some(kept)) if !on_fresh => {
                         cx.metrics().retried(reason);
                         cx.pool.forget(&chosen.worker);
+                        chosen.in_flight.again();
                         fresh = Some(chosen);
                         body = kept;
                     }

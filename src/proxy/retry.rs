@@ -5,8 +5,10 @@ use std::io;
 use thiserror::Error;
 
 use crate::{
+    admission::Refused,
     http::{RequestError, ResponseError},
     telemetry::metrics::Retry,
+    vllm::ErrorShape,
 };
 
 /// Attempts of one exchange at most, however many workers there are.
@@ -33,6 +35,9 @@ pub(super) enum Failure {
     /// The client closed its connection.
     #[error("the client went away")]
     ClientGone,
+    /// Too much is going on: it is not let in. With the form of its endpoint's errors.
+    #[error("{0}")]
+    NotAdmitted(Refused, ErrorShape),
     /// There is no worker to try.
     #[error("no worker is up")]
     NoWorker,

@@ -24,7 +24,8 @@ impl Tried {
         self.0.len()
     }
 
-    fn contains(&self, position: usize) -> bool {
+    /// Whether the worker at `position` failed.
+    pub fn contains(&self, position: usize) -> bool {
         self.0.contains(&position)
     }
 }
@@ -35,6 +36,8 @@ pub struct Candidates<'a> {
     workers: &'a [Arc<Worker>],
     /// In `workers`, ascending.
     positions: &'a [usize],
+    /// There would be candidates if they had not as many requests as they may.
+    busy: bool,
 }
 
 /// Requests that wait in a worker from which on it is saturated, where its `/metrics` tell.
@@ -46,11 +49,12 @@ const SATURATED_IN_FLIGHT: u32 = 256;
 impl<'a> Candidates<'a> {
     /// Those of `serving` (positions in the fleet, ascending) that are usable and have not been tried. Where none
     /// is left, the unusable ones stand in: the last worker is never taken out, and a wrong verdict about all of
-    /// them costs one refused connect. Who sleeps is left out while another is awake.
+    /// them costs one refused connect. Who sleeps is left out while another is awake, and who has as many requests as
+    /// it may in any case: if all have there is no candidate, and [`Candidates::are_busy`].
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
     /// one. Where everybody is saturated it is the highest priority again, and load decides. A worker is saturated
-    /// when as many requests are in flight as it should have at most; where that is not told, when 8 requests
+    /// when as many requests are in flight as it may have, others' included; where that is not told, when 8 requests
     /// wait in it; where neither is, when 256 are in flight.
     ///
     /// `scratch` is where the positions are kept.
@@ -63,8 +67,23 @@ impl<'a> Candidates<'a> {
             scratch.extend(untried());
         }
         awake(workers, scratch);
+        let before = scratch.len();
+        scratch.retain(|&position| !workers[position].is_full());
+        let busy = before > 0 && scratch.is_empty();
         first_choice(workers, scratch);
-        Self { workers, positions: scratch }
+        Self { workers, positions: scratch, busy }
+    }
+
+    /// The worker at `position` alone: it has a place for the request already.
+    pub fn only(fleet: &'a Fleet, position: usize, scratch: &'a mut Vec<usize>) -> Self {
+        scratch.clear();
+        scratch.extend((position < fleet.workers.len()).then_some(position));
+        Self { workers: &fleet.workers, positions: scratch, busy: false }
+    }
+
+    /// Whether there is nobody to choose only because everybody has as many requests as it may.
+    pub fn are_busy(&self) -> bool {
+        self.busy
     }
 
     /// The candidates with their positions in the fleet, ascending.
@@ -207,13 +226,39 @@ mod tests {
         let none = Tried::none();
         assert_eq!(positions(&fleet, &none), [1, 2]);
         let _one = begin(&fleet, 1, 2);
-        assert_eq!(positions(&fleet, &none), [1, 2], "the other is not saturated");
+        assert_eq!(positions(&fleet, &none), [2], "the other is not saturated");
         let other = begin(&fleet, 2, 2);
         assert_eq!(positions(&fleet, &none), [0, 3]);
         let _low = (begin(&fleet, 0, 256), begin(&fleet, 3, 256));
-        assert_eq!(positions(&fleet, &none), [1, 2], "load decides where all are saturated");
+        assert_eq!(positions(&fleet, &none), [0, 3], "who has as many as it may gets no more");
         drop(other);
-        assert_eq!(positions(&fleet, &none), [1, 2]);
+        assert_eq!(positions(&fleet, &none), [2]);
+    }
+
+    #[test]
+    fn load_decides_where_all_are_saturated_that_have_no_limit() {
+        let level = |priority| Traits { priority, ..Traits::default() };
+        let fleet = fleet_of(&[level(0), level(1)]);
+        let _all = (begin(&fleet, 0, 256), begin(&fleet, 1, 256));
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+    }
+
+    #[test]
+    fn where_all_have_as_many_as_they_may_there_is_nobody_until_one_ends() {
+        let limited = Traits { max_concurrent_requests: Some(1), ..Traits::default() };
+        let fleet = fleet_of(&[limited.clone(), limited]);
+        let mut scratch = Vec::new();
+        let one = begin(&fleet, 0, 1);
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+        let _other = begin(&fleet, 1, 1);
+        let all = Candidates::of(&fleet, &[0, 1], &Tried::none(), &mut scratch);
+        assert!(all.is_empty() && all.are_busy());
+        let only = Candidates::only(&fleet, 1, &mut scratch);
+        assert_eq!((only.positions(), only.are_busy()), (&[1][..], false), "its place is taken for it");
+        drop(one);
+        assert_eq!(positions(&fleet, &Tried::none()), [0]);
+        let nobody = Candidates::of(&fleet, &[], &Tried::none(), &mut scratch);
+        assert!(nobody.is_empty() && !nobody.are_busy());
     }
 
     #[test]

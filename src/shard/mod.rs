@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::{
-    net::{Driver, Listener, Runtime, TICK_MS, accept_from, pause, spawn},
+    net::{Bell, Driver, Listener, Runtime, TICK_MS, accept_from, pause, spawn},
     proxy::{Context, Parts, serve},
 };
 
@@ -60,6 +60,7 @@ pub fn run(
     driver: Driver,
     listener: std::net::TcpListener,
     parts: Parts,
+    bell: Option<Bell>,
     orders: Arc<Orders>,
     on_tick: Option<fn()>,
 ) -> io::Result<()> {
@@ -67,6 +68,9 @@ pub fn run(
     runtime.block_on(async move {
         let listener = Rc::new(accept_from(listener, driver)?);
         spawn(accept(listener.clone(), cx.clone(), orders.clone()));
+        if let Some(bell) = bell {
+            spawn(hear(bell, driver, cx.clone()));
+        }
         while !orders.drain.load(Ordering::Relaxed) {
             if let Some(fault) = on_tick {
                 fault();
@@ -97,6 +101,14 @@ async fn accept(listener: Rc<Listener>, cx: Rc<Context>, orders: Arc<Orders>) {
                 pause(ACCEPT_PAUSE_MS).await;
             }
         }
+    }
+}
+
+/// Looks who of those that wait has been let in, whenever another shard says so.
+async fn hear(bell: Bell, driver: Driver, cx: Rc<Context>) {
+    if let Err(error) = bell.listen(driver, || cx.look()).await {
+        // every tick looks too
+        tracing::error!(%error, "the bell of a shard is broken: requests that wait are let in late");
     }
 }
 
