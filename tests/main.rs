@@ -28,6 +28,8 @@ mod disconnect;
 mod driver;
 /// Workers that die: retries, ejection, return.
 mod failover;
+/// What goes wrong, by the rows of the fault table.
+mod faults;
 /// Logs that cannot be written, on the real binary.
 mod logging;
 /// The way of a request by its model: lists, aliases, defaults, unknown names.
