@@ -36,14 +36,14 @@ impl Budget {
 
 /// What one request holds of a [`Budget`], until dropped.
 #[derive(Debug)]
-pub struct Held {
-    budget: Arc<Budget>,
+pub struct Held<'a> {
+    budget: &'a Budget,
     bytes: u64,
 }
 
-impl Held {
+impl<'a> Held<'a> {
     /// Nothing yet.
-    pub fn nothing(budget: Arc<Budget>) -> Self {
+    pub fn nothing(budget: &'a Budget) -> Self {
         Self { budget, bytes: 0 }
     }
 
@@ -68,7 +68,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.release();
     }
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn large_bodies_are_counted_until_they_are_gone() {
         let budget = Budget::new(3 * MIB);
-        let (mut one, mut two) = (Held::nothing(budget.clone()), Held::nothing(budget.clone()));
+        let (mut one, mut two) = (Held::nothing(&budget), Held::nothing(&budget));
         assert!(one.cover(FREE_BYTES) && budget.held() == 0, "small ones are free");
         assert!(one.cover(MIB) && one.cover(2 * MIB) && one.cover(MIB));
         assert_eq!(budget.held(), 2 * MIB, "what is held grows and is not added up");
@@ -100,8 +100,8 @@ mod tests {
     #[test]
     fn nothing_is_no_bound() {
         let budget = Budget::new(0);
-        let mut held = Held::nothing(budget.clone());
+        let mut held = Held::nothing(&budget);
         assert!(held.cover(u64::MAX));
-        assert!(!Held::nothing(budget).cover(MIB), "but no overflow either");
+        assert!(!Held::nothing(&budget).cover(MIB), "but no overflow either");
     }
 }

@@ -3,14 +3,12 @@
 //! Fair is start-time fair queueing (Goyal, Vin, Cheng 1996) with every request of one size: within a priority, a key
 //! that has many waiting gets one turn for each turn of a key that has few. What it takes for that is kept for keys
 //! that wait, and for those that have just been served until the round is over, so that a key which comes back at
-//! once does not overtake.
+//! once does not overtake. Where the queue is full, who would be served last of all makes room: one key cannot keep the
+//! others out by filling it.
 //!
 //! Pure: who may be served is the caller's to say, and who has left. It wakes nobody and knows no time.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    ops::Bound,
-};
+use std::collections::{BTreeMap, HashMap};
 
 /// Keys without anybody waiting that a priority remembers besides twice as many as wait.
 const REMEMBERED_KEYS: usize = 64;
@@ -53,11 +51,25 @@ struct Class {
     waiting: usize,
 }
 
+/// What is to be known of one who has joined.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Joined<T> {
+    /// Its place.
+    pub ticket: Ticket,
+    /// Who had to leave for it.
+    pub displaced: Option<T>,
+}
+
 impl Class {
+    /// The turn that one more of `key` would have.
+    fn next(&self, key: u64) -> u64 {
+        self.flows.get(&key).map_or(0, |flow| flow.finish).max(self.now)
+    }
+
     /// The turn of one more of `key`.
     fn joined(&mut self, key: u64) -> u64 {
+        let start = self.next(key);
         let flow = self.flows.entry(key).or_default();
-        let start = flow.finish.max(self.now);
         flow.finish = start.saturating_add(1);
         flow.waiting += 1;
         self.waiting += 1;
@@ -129,47 +141,52 @@ impl<T> Queue<T> {
     /// Lets one more wait. A lower priority goes first, as in vLLM (`ChatCompletionRequest.priority`).
     ///
     /// # Errors
-    /// The queue is full; the item comes back.
-    pub fn join(&mut self, priority: i64, key: u64, item: T) -> Result<Ticket, T> {
+    /// The queue is full of others that go first; the item comes back.
+    pub fn join(&mut self, priority: i64, key: u64, item: T) -> Result<Joined<T>, T> {
+        let mut displaced = None;
         if self.is_full() {
-            return Err(item);
+            let start = self.classes.get(&priority).map_or(0, |class| class.next(key));
+            let ticket = Ticket { priority, start, number: self.arrivals };
+            match self.places.last_key_value() {
+                Some((&last, _)) if ticket < last => displaced = self.leave(last),
+                _ => return Err(item),
+            }
         }
         let start = self.classes.entry(priority).or_default().joined(key);
         let ticket = Ticket { priority, start, number: self.arrivals };
         self.arrivals += 1;
         self.places.insert(ticket, (key, item));
-        Ok(ticket)
+        Ok(Joined { ticket, displaced })
     }
 
     /// Takes out who does not want to wait any longer; `None`: it has been served.
     pub fn leave(&mut self, ticket: Ticket) -> Option<T> {
         let (key, item) = self.places.remove(&ticket)?;
-        self.ended(ticket, key, false);
+        self.ended(ticket, key, None);
         Some(item)
     }
 
     /// Shows all who wait to `judge`, in order, until it has had enough.
     pub fn serve(&mut self, mut judge: impl FnMut(&T) -> Verdict) {
-        let mut from = Bound::Unbounded;
-        while let Some((&ticket, (key, item))) = self.places.range((from, Bound::Unbounded)).next() {
-            let key = *key;
+        let mut served = Vec::new();
+        for (&ticket, (_, item)) in &self.places {
             match judge(item) {
-                Verdict::Enough => return,
+                Verdict::Enough => break,
                 Verdict::Passed => {}
-                Verdict::Served => {
-                    self.places.remove(&ticket);
-                    self.ended(ticket, key, true);
-                }
+                Verdict::Served => served.push(ticket),
             }
-            from = Bound::Excluded(ticket);
+        }
+        for ticket in served {
+            if let Some((key, _)) = self.places.remove(&ticket) {
+                self.ended(ticket, key, Some(ticket.start));
+            }
         }
     }
 
-    fn ended(&mut self, ticket: Ticket, key: u64, served: bool) {
+    /// One waits no more; its turn, if it was served.
+    fn ended(&mut self, ticket: Ticket, key: u64, turn: Option<u64>) {
         let Some(class) = self.classes.get_mut(&ticket.priority) else { return };
-        if served {
-            class.now = class.now.max(ticket.start);
-        }
+        class.now = class.now.max(turn.unwrap_or(0));
         class.left(key);
         if class.waiting == 0 {
             self.classes.remove(&ticket.priority);
@@ -238,7 +255,7 @@ mod tests {
     fn turns_that_were_not_used_are_not_held_against_a_key() {
         let mut queue = Queue::new(100);
         queue.join(0, 1, "other").unwrap();
-        let tickets: Vec<_> = (0..50).map(|_| queue.join(0, 2, "gone").unwrap()).collect();
+        let tickets: Vec<_> = (0..50).map(|_| queue.join(0, 2, "gone").unwrap().ticket).collect();
         for ticket in tickets {
             assert_eq!(queue.leave(ticket), Some("gone"));
         }
@@ -264,11 +281,28 @@ mod tests {
     #[test]
     fn a_full_queue_takes_nobody_and_a_served_one_cannot_leave() {
         let mut queue = Queue::new(1);
-        let ticket = queue.join(0, 0, 'a').unwrap();
-        assert_eq!(queue.join(-9, 0, 'b'), Err('b'));
+        let ticket = queue.join(0, 0, 'a').unwrap().ticket;
+        assert_eq!(queue.join(0, 0, 'b'), Err('b'));
+        assert_eq!(queue.join(9, 0, 'b'), Err('b'));
         assert_eq!(first(&mut queue), Some('a'));
         assert_eq!(queue.leave(ticket), None);
         assert_eq!(Queue::new(0).join(0, 0, 'a'), Err('a'));
+    }
+
+    #[test]
+    fn a_key_that_fills_the_queue_does_not_keep_others_out() {
+        let mut queue = Queue::new(4);
+        for item in ["a1", "a2", "a3", "a4"] {
+            queue.join(0, 1, item).unwrap();
+        }
+        assert_eq!(queue.join(0, 1, "a5"), Err("a5"));
+        assert_eq!(queue.join(0, 2, "b1").unwrap().displaced, Some("a4"));
+        assert_eq!(queue.join(0, 2, "b2").unwrap().displaced, Some("a3"));
+        assert_eq!(queue.join(0, 2, "b3"), Err("b3"), "each has its half");
+        assert_eq!(queue.join(-1, 1, "urgent").unwrap().displaced, Some("b2"));
+        let served: Vec<_> = std::iter::from_fn(|| first(&mut queue)).collect();
+        assert_eq!(served, ["urgent", "a1", "b1", "a2"]);
+        assert!(queue.classes.is_empty());
     }
 
     #[test]
@@ -311,10 +345,19 @@ mod tests {
             for (number, step) in steps.into_iter().enumerate() {
                 match step {
                     Step::Join(priority, key) => match queue.join(priority, key, number) {
-                        Ok(ticket) => waiting.push((number, priority, key, ticket)),
+                        Ok(Joined { ticket, displaced }) => {
+                            if let Some(other) = displaced {
+                                prop_assert_eq!(waiting.len(), most);
+                                let at = waiting.iter().position(|(number, ..)| *number == other);
+                                let (_, lower, whose, _) = waiting.remove(at.expect("it waited"));
+                                prop_assert!(priority < lower || priority == lower && key != whose);
+                            }
+                            waiting.push((number, priority, key, ticket));
+                        }
                         Err(item) => {
                             prop_assert_eq!(item, number);
                             prop_assert_eq!(waiting.len(), most);
+                            prop_assert!(waiting.iter().all(|(_, other, ..)| *other <= priority));
                         }
                     },
                     Step::Serve(count) => {

@@ -12,14 +12,16 @@ use std::{
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    admission::{Admission, Admitted, Entry, Newcomer, Permit, Reason, Refused, Settings, Waiter, Waiting},
+    admission::{
+        Admission, Admitted, Entry, Newcomer, Permit, Reason, Refused, Room, Settings, Waiter, Waiting,
+    },
     http::RequestFraming,
     proxy::{
         body::Body, client::Client, context::Context, inspect::Inspected, retry::Failure, serving::Serving,
     },
     routing::Tried,
     vllm::{self, Endpoint, Facts, Key, Treatment},
-    workers::{Fleet, InFlight, Worker},
+    workers::{Fleet, Worker},
 };
 
 /// After this time, in microseconds, a client may try again whose body there was no memory for: bodies are gone as
@@ -55,7 +57,7 @@ impl Entrance {
     /// The bell was rung: who has been let in is woken.
     pub(super) fn look(&self) {
         for (waiter, waker) in &*self.waiting.borrow() {
-            if waiter.is_served() {
+            if waiter.is_called() {
                 waker.wake_by_ref();
             }
         }
@@ -90,12 +92,12 @@ impl Entrance {
 /// What a request has been given, to be held to the end of its exchange.
 pub(super) struct Pass<'a> {
     permit: Option<Permit<'a>>,
-    room: Option<InFlight>,
+    room: Option<Room<'a>>,
 }
 
-impl Pass<'_> {
-    /// The place on a worker that the next attempt is to use.
-    pub(super) fn take_room(&mut self) -> Option<InFlight> {
+impl<'a> Pass<'a> {
+    /// The place on a worker that was taken for the next attempt.
+    pub(super) fn take_room(&mut self) -> Option<Room<'a>> {
         self.room.take()
     }
 }
@@ -151,12 +153,13 @@ pub(super) fn before_body(client: &Client<'_>, endpoint: &Endpoint) -> Result<()
 /// It leaves the queue.
 pub(super) async fn admit<'a>(
     client: &Client<'a>,
+    endpoint: &Endpoint,
     fleet: &Fleet,
     serving: &Serving<'_>,
     claim: Claim,
 ) -> Result<Pass<'a>, Failure> {
     let cx = client.cx;
-    let (Some(entrance), Serving::Workers { .. }) = (&cx.entrance, serving) else {
+    let (Some(entrance), Treatment::Route(_)) = (&cx.entrance, endpoint.treatment) else {
         return Ok(Pass { permit: None, room: None });
     };
     let arrived = entrance.admission.arrives(cx.clock.exact().micros());
@@ -208,8 +211,8 @@ async fn queue<'a>(
         Entry::Refused(refused) => Err(refused),
         Entry::Waits(waiting) => {
             let mut place = Place::new(cx, entrance, waiting);
-            let served = client.outlet.watch.limit(entrance.timeout_ms, place.served()).await;
-            served.map_or_else(|_| place.give_up(), Ok)
+            let called = client.outlet.watch.limit(entrance.timeout_ms, place.called()).await;
+            called.unwrap_or_else(|_| place.give_up())
         }
     };
     let Admitted { permit, room } = admitted.map_err(|refused| client.refused(refused))?;
@@ -231,18 +234,18 @@ impl<'a> Place<'a> {
 
     /// # Cancellation
     /// Nothing is lost; the place is kept until it is dropped.
-    async fn served(&mut self) -> Admitted<'a> {
+    async fn called(&mut self) -> Result<Admitted<'a>, Refused> {
         poll_fn(|context| {
-            // before the look: who is served after it finds the waker
+            // before the look: who is called after it finds the waker
             self.entrance.remember(self.waiting.waiter(), context.waker());
-            self.waiting.served().map_or(Poll::Pending, Poll::Ready)
+            self.waiting.called().map_or(Poll::Pending, Poll::Ready)
         })
         .await
     }
 
-    /// It has waited long enough; it may have been served at the last moment.
+    /// It has waited long enough; it may have been called at the last moment.
     fn give_up(&mut self) -> Result<Admitted<'a>, Refused> {
-        self.waiting.served().ok_or_else(|| self.waiting.refusal())
+        self.waiting.called().unwrap_or_else(|| Err(self.waiting.overdue()))
     }
 }
 

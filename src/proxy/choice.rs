@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    admission::Admission,
+    admission::Room,
     proxy::{
         account::Account, body::Body, client::Client, context::Context, inspect::Inspected, serving::Serving,
     },
@@ -67,20 +67,7 @@ pub(super) struct Chosen<'a> {
     /// The worker has not seen the request.
     pub(super) unsent: bool,
     /// Its place among the worker's requests in flight.
-    pub(super) in_flight: InFlight,
-    // behind the place, which must be free when it is told
-    _room: RoomMade<'a>,
-}
-
-/// Tells those who wait for room on a worker that there may be some.
-struct RoomMade<'a>(Option<&'a Admission>);
-
-impl Drop for RoomMade<'_> {
-    fn drop(&mut self) {
-        if let Some(admission) = self.0 {
-            admission.room_made();
-        }
-    }
+    pub(super) room: Room<'a>,
 }
 
 /// What came of choosing.
@@ -108,7 +95,8 @@ impl Drop for Chosen<'_> {
     }
 }
 
-/// Chooses a worker for the next attempt; `room` is a place that was taken for it already.
+/// Chooses a worker for the next attempt. `room` is a place that was taken for it already: its worker is a candidate
+/// like the others that have room, and where another is chosen the place is given back.
 pub(super) fn choose<'a>(
     cx: &'a Context,
     account: &'a Account<'a>,
@@ -116,41 +104,28 @@ pub(super) fn choose<'a>(
     serving: &Serving<'_>,
     asked: &'a Asked<'a>,
     tried: &Tried,
-    room: Option<InFlight>,
+    mut room: Option<Room<'a>>,
 ) -> Choice<'a> {
-    let chosen = |worker: &Arc<Worker>, position, demand, in_flight| {
-        // who has no limit is waited for by nobody
-        let limited = worker.traits().max_concurrent_requests.is_some();
-        let admission = if limited { cx.admission() } else { None };
-        Choice::Of(Chosen {
-            cx,
-            asked,
-            account,
-            position,
-            worker: worker.clone(),
-            demand,
-            unsent: false,
-            in_flight,
-            _room: RoomMade(admission),
-        })
+    let chosen = |position, demand, room: Room<'a>| {
+        let worker = room.in_flight.worker().clone();
+        Choice::Of(Chosen { cx, asked, account, position, worker, demand, unsent: false, room })
     };
     let positions = match serving {
         Serving::Workers { positions, .. } => positions,
         Serving::Admin if tried.count() == 0 => {
             let in_flight = InFlight::begin(cx.admin.clone(), Demand::default());
-            return chosen(&cx.admin, 0, Demand::default(), in_flight);
+            return chosen(0, Demand::default(), Room::new(in_flight, None));
         }
         Serving::Admin => return Choice::Nobody,
     };
-    let is_its = |room: &InFlight| fleet.workers.iter().position(|worker| Arc::ptr_eq(worker, room.worker()));
-    let reserved = room.as_ref().and_then(is_its);
-    let mut room = room;
+    let position_of = |room: &Room<'_>| {
+        let its = room.in_flight.worker();
+        fleet.workers.iter().position(|worker| Arc::ptr_eq(worker, its))
+    };
+    let reserved = room.as_ref().and_then(position_of);
     for _ in 0..=positions.len() {
         let mut scratch = cx.positions.borrow_mut();
-        let candidates = match reserved {
-            Some(position) => Candidates::only(fleet, position, &mut scratch),
-            None => Candidates::of(fleet, positions, tried, &mut scratch),
-        };
+        let candidates = Candidates::with_place(fleet, positions, tried, reserved, &mut scratch);
         let input = RouteInput {
             random: cx.random(),
             now: cx.clock.now(),
@@ -163,15 +138,15 @@ pub(super) fn choose<'a>(
         };
         let Selection { position, demand } = selection;
         let worker = &fleet.workers[position];
-        let begun = match room.take() {
-            Some(mut place) => {
-                place.asks(demand);
-                Some(place)
+        let begun = match room.take_if(|_| reserved == Some(position)) {
+            Some(mut room) => {
+                room.in_flight.asks(demand);
+                Some(room)
             }
-            None => InFlight::try_begin(worker, demand),
+            None => InFlight::try_begin(worker, demand).map(|begun| Room::new(begun, cx.admission())),
         };
         match begun {
-            Some(in_flight) => return chosen(worker, position, demand, in_flight),
+            Some(begun) => return chosen(position, demand, begun),
             // another shard was quicker: the choice comes to nothing, and this worker is full now
             None => {
                 let outcome = Outcome { worker, prompt: &asked.prompt, demand, usage: None };

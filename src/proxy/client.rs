@@ -46,7 +46,7 @@ pub(super) struct Client<'a> {
     /// The request's head as it goes to a worker.
     pub(super) head: Vec<u8>,
     /// Memory for the request's body.
-    pub(super) held: Held,
+    pub(super) held: Held<'a>,
 }
 
 /// The way to the client, and what is needed to write to it.
@@ -102,7 +102,7 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
 async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watch>) {
     let (request, answer, scratch, head) = Default::default();
     let outlet = Outlet { cx, writer, watch, answer, scratch };
-    let held = Held::nothing(cx.budget.clone());
+    let held = Held::nothing(&cx.budget);
     let mut client = Client { cx, inbox, request, outlet, received_head: 0, head, held };
     loop {
         let after = match client.read_head().await {

@@ -72,7 +72,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     }
     let framing = framing(client.request.framing(), &body);
 
-    let mut pass = match admit(client, &fleet, &serving, claim).await {
+    let mut pass = match admit(client, endpoint, &fleet, &serving, claim).await {
         Ok(pass) => pass,
         Err(failure) => return refuse(client, &account, &failure).await,
     };
@@ -103,7 +103,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             other_kinds: serving.has_other_kinds(),
             listens: asked.listens,
         };
-        match attempt(client, &account, &chosen.worker, &mut chosen.in_flight, body, manner).await {
+        match attempt(client, &account, &chosen.worker, &mut chosen.room.in_flight, body, manner).await {
             Attempted::Answered(after) => return after,
             Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
             Attempted::Failed(failure, kept) => {
@@ -119,7 +119,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
                     (Verdict::Fresh(reason), Some(kept)) if !on_fresh => {
                         cx.metrics().retried(reason);
                         cx.pool.forget(&chosen.worker);
-                        chosen.in_flight.again();
+                        chosen.room.in_flight.again();
                         fresh = Some(chosen);
                         body = kept;
                     }

@@ -59,6 +59,17 @@ impl<'a> Candidates<'a> {
     ///
     /// `scratch` is where the positions are kept.
     pub fn of(fleet: &'a Fleet, serving: &[usize], tried: &Tried, scratch: &'a mut Vec<usize>) -> Self {
+        Self::with_place(fleet, serving, tried, None, scratch)
+    }
+
+    /// As [`Candidates::of`]; on the worker at `place` the request has a place already, so that one has room.
+    pub fn with_place(
+        fleet: &'a Fleet,
+        serving: &[usize],
+        tried: &Tried,
+        place: Option<usize>,
+        scratch: &'a mut Vec<usize>,
+    ) -> Self {
         let workers = &fleet.workers[..];
         let untried = || serving.iter().copied().filter(|&position| !tried.contains(position));
         scratch.clear();
@@ -68,17 +79,10 @@ impl<'a> Candidates<'a> {
         }
         awake(workers, scratch);
         let before = scratch.len();
-        scratch.retain(|&position| !workers[position].is_full());
+        scratch.retain(|&position| !workers[position].is_full() || place == Some(position));
         let busy = before > 0 && scratch.is_empty();
-        first_choice(workers, scratch);
+        first_choice(workers, place, scratch);
         Self { workers, positions: scratch, busy }
-    }
-
-    /// The worker at `position` alone: it has a place for the request already.
-    pub fn only(fleet: &'a Fleet, position: usize, scratch: &'a mut Vec<usize>) -> Self {
-        scratch.clear();
-        scratch.extend((position < fleet.workers.len()).then_some(position));
-        Self { workers: &fleet.workers, positions: scratch, busy: false }
     }
 
     /// Whether there is nobody to choose only because everybody has as many requests as it may.
@@ -132,14 +136,15 @@ fn awake(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
 }
 
 /// Leaves those of the highest priority of which not all are saturated; if all are, those of the highest.
-fn first_choice(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
+fn first_choice(workers: &[Arc<Worker>], place: Option<usize>, positions: &mut Vec<usize>) {
     let priority = |position: usize| workers[position].traits().priority;
     let Some(highest) = positions.iter().copied().map(priority).max() else { return };
     if positions.iter().all(|&position| priority(position) == highest) {
         return;
     }
     // that of the first worker which is not saturated, by priority
-    let free = positions.iter().copied().filter(|&position| !saturated(&workers[position]));
+    let has_room = |position: usize| place == Some(position) || !saturated(&workers[position]);
+    let free = positions.iter().copied().filter(|&position| has_room(position));
     let level = free.map(priority).max().unwrap_or(highest);
     positions.retain(|&position| priority(position) == level);
 }
@@ -236,6 +241,15 @@ mod tests {
     }
 
     #[test]
+    fn a_place_on_a_worker_of_high_priority_is_not_given_away() {
+        let fleet = two_levels();
+        let (_one, _other) = (begin(&fleet, 1, 2), begin(&fleet, 2, 2));
+        let mut scratch = Vec::new();
+        let all = Candidates::with_place(&fleet, &[0, 1, 2, 3], &Tried::none(), Some(2), &mut scratch);
+        assert_eq!(all.positions(), [2]);
+    }
+
+    #[test]
     fn load_decides_where_all_are_saturated_that_have_no_limit() {
         let level = |priority| Traits { priority, ..Traits::default() };
         let fleet = fleet_of(&[level(0), level(1)]);
@@ -253,9 +267,13 @@ mod tests {
         let _other = begin(&fleet, 1, 1);
         let all = Candidates::of(&fleet, &[0, 1], &Tried::none(), &mut scratch);
         assert!(all.is_empty() && all.are_busy());
-        let only = Candidates::only(&fleet, 1, &mut scratch);
-        assert_eq!((only.positions(), only.are_busy()), (&[1][..], false), "its place is taken for it");
+        let mut with_place = |place| {
+            let all = Candidates::with_place(&fleet, &[0, 1], &Tried::none(), Some(place), &mut scratch);
+            (all.positions().to_vec(), all.are_busy())
+        };
+        assert_eq!(with_place(1), (vec![1], false), "its place is taken for it");
         drop(one);
+        assert_eq!(with_place(1), (vec![0, 1], false), "and the policy may choose another");
         assert_eq!(positions(&fleet, &Tried::none()), [0]);
         let nobody = Candidates::of(&fleet, &[], &Tried::none(), &mut scratch);
         assert!(nobody.is_empty() && !nobody.are_busy());

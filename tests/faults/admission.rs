@@ -172,6 +172,30 @@ variants! {
         }
     }
 
+    fn a_tenant_that_fills_the_queue_does_not_keep_others_out(v: Variant) {
+        let gate = Gate::new();
+        let worker = worker().holds(&gate).start();
+        let proxy = proxy(v).worker(&worker).arg("--max-concurrent-requests", "1").arg("--queue-size", "2").start();
+        let mut running = begin(&proxy, "", &chat("running", ""));
+        worker.wait_for_requests(1);
+        let tenant = |name: &str| format!("x-gateway-inference-fairness-id: {name}\r\n");
+        let mut many = Vec::new();
+        for count in 1..=2 {
+            many.push(begin(&proxy, &tenant("a"), &chat("a", "")));
+            queue_is(&proxy, count);
+        }
+        assert_refused(&begin(&proxy, &tenant("a"), &chat("a", "")).response(), 429, "queue full");
+        let mut other = begin(&proxy, &tenant("b"), &chat("b", ""));
+        assert_refused(&many[1].response(), 429, "queue full");
+        queue_is(&proxy, 2);
+        gate.open();
+        for client in [&mut running, &mut many[0], &mut other] {
+            client.response().expect(200);
+        }
+        assert_eq!(said(&worker), ["running", "a", "b"]);
+        assert_idle(&proxy);
+    }
+
     fn c14_a_client_that_goes_while_queued_leaves_the_queue_at_once(v: Variant) {
         let gate = Gate::new();
         let worker = worker().holds(&gate).start();

@@ -14,14 +14,14 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering, fence},
+        atomic::{AtomicU8, AtomicU64, Ordering, fence},
     },
 };
 
 use thiserror::Error;
 
 use crate::{
-    admission::{Bucket, Queue, Settings, Ticket, Verdict},
+    admission::{Bucket, Joined, Queue, Settings, Ticket, Verdict},
     workers::{InFlight, Worker},
 };
 
@@ -109,23 +109,43 @@ impl Newcomer {
         // another shard may have been quicker; then its end comes here again
         InFlight::reserve(best).map(Some).ok_or(Full)
     }
+
+    fn waits_for_the_same(&self, other: &Self) -> bool {
+        let mut pairs = self.workers.iter().zip(&other.workers);
+        self.workers.len() == other.workers.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
+    }
 }
 
 /// There is no room.
 struct Full;
 
+/// What has become of one who waits.
+mod fate {
+    pub(super) const WAITS: u8 = 0;
+    pub(super) const SERVED: u8 = 1;
+    pub(super) const DISPLACED: u8 = 2;
+}
+
 /// One who waits. Shared by its exchange and by whoever serves the queue.
 pub struct Waiter {
     newcomer: Newcomer,
-    served: AtomicBool,
+    /// Changes once, under the queue's mutex.
+    fate: AtomicU8,
     /// The room that it was given, if it needs some.
     room: Mutex<Option<InFlight>>,
 }
 
 impl Waiter {
-    /// Whether it has been let in: its task is to be woken.
-    pub fn is_served(&self) -> bool {
-        self.served.load(Ordering::Acquire)
+    /// Whether it waits no longer: its task is to be woken.
+    pub fn is_called(&self) -> bool {
+        self.fate.load(Ordering::Acquire) != fate::WAITS
+    }
+
+    fn call(&self, fate: u8, rung: &mut Vec<usize>) {
+        self.fate.store(fate, Ordering::Release);
+        if !rung.contains(&self.newcomer.shard) {
+            rung.push(self.newcomer.shard);
+        }
     }
 }
 
@@ -182,15 +202,46 @@ pub enum Entry<'a> {
 /// What a request is given that is let in.
 #[derive(Debug)]
 pub struct Admitted<'a> {
+    // Before the slot: with that alone a waiter who needs both could not be served.
+    /// A place on a worker, if all that may serve it have a limit.
+    pub room: Option<Room<'a>>,
     /// Its slot.
     pub permit: Permit<'a>,
-    /// A place on a worker, if it had to wait for one.
-    pub room: Option<InFlight>,
+}
+
+/// A place among the requests in flight on a worker, until dropped: then whoever waits for it is let in.
+#[derive(Debug)]
+pub struct Room<'a> {
+    /// The place.
+    pub in_flight: InFlight,
+    // behind the place, which must be free when it is told
+    _made: RoomMade<'a>,
+}
+
+impl<'a> Room<'a> {
+    /// A place of which `admission` is to hear when it is free.
+    pub fn new(in_flight: InFlight, admission: Option<&'a Admission>) -> Self {
+        // who has no limit is waited for by nobody
+        let limited = in_flight.worker().traits().max_concurrent_requests.is_some();
+        Self { in_flight, _made: RoomMade(admission.filter(|_| limited)) }
+    }
+}
+
+/// Tells those who wait for room on a worker that there may be some.
+#[derive(Debug)]
+struct RoomMade<'a>(Option<&'a Admission>);
+
+impl Drop for RoomMade<'_> {
+    fn drop(&mut self) {
+        if let Some(admission) = self.0 {
+            admission.room_made();
+        }
+    }
 }
 
 impl Admission {
     /// Nobody is in. `ring` wakes a shard, by its position, which then looks who of its waiters
-    /// [`Waiter::is_served`].
+    /// [`Waiter::is_called`].
     pub fn new(settings: &Settings, ring: impl Fn(usize) + Send + Sync + 'static) -> Self {
         let rate = settings.rate_limit_tokens_per_second;
         let slots = settings.max_concurrent_requests;
@@ -255,21 +306,24 @@ impl Admission {
         // Who waits and could be served would be now, so what is left nobody who waits can use.
         let mut rung = self.serve(&mut queue);
         let entry = match self.take(&newcomer) {
-            Ok(room) => Entry::In(Admitted { permit: Permit(self), room }),
-            Err(_) if queue.is_full() => Entry::Refused(self.refuse(self.why(&newcomer, false))),
+            Ok(room) => Entry::In(self.admitted(room)),
             Err(_) => {
                 let (priority, key) = (newcomer.priority, newcomer.key);
-                let waiter =
-                    Arc::new(Waiter { newcomer, served: AtomicBool::new(false), room: Mutex::default() });
+                let fate = AtomicU8::new(fate::WAITS);
+                let waiter = Arc::new(Waiter { newcomer, fate, room: Mutex::default() });
                 match queue.join(priority, key, waiter.clone()) {
-                    Ok(ticket) => {
+                    Ok(Joined { ticket, displaced }) => {
+                        if let Some(other) = displaced {
+                            self.state.0.fetch_sub(ONE_WAITING, Ordering::SeqCst);
+                            other.call(fate::DISPLACED, &mut rung);
+                        }
                         self.state.0.fetch_add(ONE_WAITING, Ordering::SeqCst);
                         // Whoever left before that did not see it wait; see `room_made`.
                         fence(Ordering::SeqCst);
                         rung.extend(self.serve(&mut queue));
                         Entry::Waits(Waiting { admission: self, waiter, ticket, over: false })
                     }
-                    Err(_) => Entry::Refused(self.refuse(Reason::QueueFull)),
+                    Err(waiter) => Entry::Refused(self.refuse(self.why(&waiter.newcomer, false))),
                 }
             }
         };
@@ -310,6 +364,10 @@ impl Admission {
         }
     }
 
+    fn admitted(&self, room: Option<InFlight>) -> Admitted<'_> {
+        Admitted { room: room.map(|place| Room::new(place, Some(self))), permit: Permit(self) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue<Arc<Waiter>>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -336,17 +394,22 @@ impl Admission {
     /// Lets in who can be. The shards that must hear of it are returned, to be rung without the mutex.
     fn serve(&self, queue: &mut Queue<Arc<Waiter>>) -> Vec<usize> {
         let mut rung = Vec::new();
+        // most of those who are passed wait for the same workers as the one before
+        let mut full: Option<Arc<Waiter>> = None;
         queue.serve(|waiter| {
+            if full.as_ref().is_some_and(|other| other.newcomer.waits_for_the_same(&waiter.newcomer)) {
+                return Verdict::Passed;
+            }
             let room = match self.take(&waiter.newcomer) {
                 Ok(room) => room,
-                Err(verdict) => return verdict,
+                Err(verdict) => {
+                    full = (verdict == Verdict::Passed).then(|| waiter.clone());
+                    return verdict;
+                }
             };
             self.state.0.fetch_sub(ONE_WAITING, Ordering::SeqCst);
             *waiter.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
-            waiter.served.store(true, Ordering::Release);
-            if !rung.contains(&waiter.newcomer.shard) {
-                rung.push(waiter.newcomer.shard);
-            }
+            waiter.call(fate::SERVED, &mut rung);
             Verdict::Served
         });
         rung
@@ -399,19 +462,30 @@ impl<'a> Waiting<'a> {
         &self.waiter
     }
 
-    /// What it was given, once.
-    pub fn served(&mut self) -> Option<Admitted<'a>> {
-        if self.over || !self.waiter.is_served() {
+    /// What it was given, or that others have displaced it; once.
+    pub fn called(&mut self) -> Option<Result<Admitted<'a>, Refused>> {
+        if self.over {
             return None;
         }
+        let called = match self.waiter.fate.load(Ordering::Acquire) {
+            fate::WAITS => return None,
+            fate::DISPLACED => Err(self.refusal(false)),
+            _ => {
+                let room = self.waiter.room.lock().unwrap_or_else(PoisonError::into_inner).take();
+                Ok(self.admission.admitted(room))
+            }
+        };
         self.over = true;
-        let room = self.waiter.room.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Some(Admitted { permit: Permit(self.admission), room })
+        Some(called)
     }
 
     /// What it is told when it has waited long enough.
-    pub fn refusal(&self) -> Refused {
-        self.admission.refuse(self.admission.why(&self.waiter.newcomer, true))
+    pub fn overdue(&self) -> Refused {
+        self.refusal(true)
+    }
+
+    fn refusal(&self, waited: bool) -> Refused {
+        self.admission.refuse(self.admission.why(&self.waiter.newcomer, waited))
     }
 }
 
@@ -427,11 +501,7 @@ impl Drop for Waiting<'_> {
             return;
         }
         drop(queue);
-        if let Some(Admitted { permit, room }) = self.served() {
-            drop(room);
-            drop(permit);
-            self.admission.room_made();
-        }
+        drop(self.called());
     }
 }
 

@@ -31,6 +31,13 @@ fn limited(id: usize, most: u32) -> Arc<Worker> {
     Arc::new(worker)
 }
 
+impl<'a> Waiting<'a> {
+    /// As [`Waiting::called`], where nobody is displaced.
+    fn admitted(&mut self) -> Option<Admitted<'a>> {
+        self.called().map(|called| called.expect("nobody is displaced"))
+    }
+}
+
 #[track_caller]
 fn waits<'a>(admission: &'a Admission, newcomer: Newcomer) -> Waiting<'a> {
     match admission.enter(newcomer) {
@@ -58,11 +65,11 @@ fn a_slot_that_is_given_back_goes_to_the_first_who_waits_and_to_nobody_who_comes
     assert_eq!((admission.in_use(), admission.waiting()), (1, 3));
     drop(permit);
     assert_eq!((admission.in_use(), admission.waiting()), (1, 2), "it is handed over");
-    assert!(admission.try_enter().is_none() && second.served().is_none() && third.served().is_none());
-    let admitted = first.served().expect("the lowest priority");
-    assert!(first.served().is_none(), "once");
+    assert!(admission.try_enter().is_none() && second.admitted().is_none() && third.admitted().is_none());
+    let admitted = first.admitted().expect("the lowest priority");
+    assert!(first.admitted().is_none(), "once");
     drop((admitted, first));
-    let admitted = second.served().expect("the next");
+    let admitted = second.admitted().expect("the next");
     drop(third);
     drop(admitted);
     assert_eq!((admission.in_use(), admission.waiting()), (0, 0));
@@ -76,9 +83,9 @@ fn who_leaves_the_queue_passes_on_what_it_was_given_meanwhile() {
     let one = waits(&admission, newcomer(0, &[]));
     let mut two = waits(&admission, newcomer(0, &[]));
     drop(permit);
-    assert!(one.waiter().is_served());
+    assert!(one.waiter().is_called());
     drop(one);
-    assert!(two.served().is_some());
+    assert!(two.admitted().is_some());
 }
 
 #[test]
@@ -87,13 +94,30 @@ fn a_full_queue_refuses_and_says_for_how_long() {
     let _permit = admission.try_enter().unwrap();
     assert!(admission.foresee().is_ok(), "there is a place in the queue");
     let waiting = waits(&admission, newcomer(0, &[]));
-    assert_eq!(refused(&admission, newcomer(-9, &[])), Reason::QueueFull);
-    assert_eq!(waiting.refusal().reason, Reason::QueueTimeout);
+    assert_eq!(refused(&admission, newcomer(0, &[])), Reason::QueueFull);
+    assert_eq!(waiting.overdue().reason, Reason::QueueTimeout);
     assert_eq!(admission.foresee().unwrap_err().retry_after_secs, 1, "nothing is known");
     (0..50).for_each(|_| admission.waited(4_100_000));
     assert_eq!(admission.foresee().unwrap_err().retry_after_secs, 5, "about as long as others have waited");
     admission.waited(u64::MAX);
     assert_eq!(u64::from(admission.foresee().unwrap_err().retry_after_secs), MAX_RETRY_AFTER_SECS);
+}
+
+#[test]
+fn who_goes_first_is_not_kept_out_by_a_full_queue() {
+    let admission = admission(1, 1);
+    let permit = admission.try_enter().unwrap();
+    let mut later = waits(&admission, newcomer(5, &[]));
+    let mut urgent = waits(&admission, newcomer(-5, &[]));
+    assert!(later.waiter().is_called(), "it is told at once");
+    let refused = later.called().expect("it is told").expect_err("it has to go");
+    assert_eq!(refused.reason, Reason::QueueFull);
+    assert!(later.called().is_none(), "once");
+    drop(later);
+    assert_eq!((admission.in_use(), admission.waiting()), (1, 1));
+    drop(permit);
+    assert!(urgent.admitted().is_some());
+    assert_eq!((admission.in_use(), admission.waiting()), (0, 0));
 }
 
 #[test]
@@ -123,15 +147,15 @@ fn who_waits_for_a_worker_holds_nobody_up_who_can_use_another() {
     let Entry::In(other) = admission.enter(newcomer(5, &[&free])) else {
         panic!("there is room on the other")
     };
-    assert_eq!(other.room.as_ref().map(|room| room.worker().id()), Some(1));
+    assert_eq!(other.room.as_ref().map(|room| room.in_flight.worker().id()), Some(1));
     let Entry::In(anybodys) = admission.enter(newcomer(9, &[])) else { panic!("it needs no room") };
     assert!(anybodys.room.is_none());
     drop(running);
     admission.room_made();
-    assert!(waiting.served().is_none(), "all slots are in use");
+    assert!(waiting.admitted().is_none(), "all slots are in use");
     drop(anybodys);
-    let admitted = waiting.served().expect("a slot, and room");
-    assert_eq!(admitted.room.as_ref().map(|room| room.worker().id()), Some(0));
+    let admitted = waiting.admitted().expect("a slot, and room");
+    assert_eq!(admitted.room.as_ref().map(|room| room.in_flight.worker().id()), Some(0));
     assert!(busy.is_full(), "its place is taken");
 }
 
@@ -154,7 +178,10 @@ fn room_is_given_where_there_is_most_and_not_on_who_is_down() {
     let mut waiting = waits(&admission, newcomer(0, &all));
     workers[2].set_health(crate::workers::Health::Up);
     admission.room_made();
-    assert_eq!(waiting.served().and_then(|admitted| admitted.room).map(|room| room.worker().id()), Some(2));
+    assert_eq!(
+        waiting.admitted().and_then(|admitted| admitted.room).map(|room| room.in_flight.worker().id()),
+        Some(2)
+    );
 }
 
 #[test]
@@ -188,7 +215,7 @@ fn the_shards_of_those_who_are_served_are_rung_once() {
     drop(running);
     admission.room_made();
     assert_eq!(*rung.lock().unwrap(), [2, 7]);
-    assert_eq!(waiting.iter().filter(|waiting| waiting.waiter().is_served()).count(), 3);
+    assert_eq!(waiting.iter().filter(|waiting| waiting.waiter().is_called()).count(), 3);
 }
 
 #[test]
@@ -211,8 +238,7 @@ fn slots_and_room_are_never_exceeded_and_none_is_lost_under_threads() {
                     std::thread::yield_now();
                     inside.fetch_sub(1, Ordering::SeqCst);
                     served.fetch_add(1, Ordering::SeqCst);
-                    drop(admitted.room);
-                    admission.room_made();
+                    drop(admitted);
                 };
                 for turn in 0..1500 {
                     let wanted: &[&Arc<Worker>] = match (turn + thread) % 4 {
@@ -231,7 +257,7 @@ fn slots_and_room_are_never_exceeded_and_none_is_lost_under_threads() {
                         queue.pop_front();
                     }
                     while queue.len() >= 8 || turn == 1499 && !queue.is_empty() {
-                        let waiting = queue.iter_mut().find_map(Waiting::served);
+                        let waiting = queue.iter_mut().find_map(Waiting::admitted);
                         waiting.map_or_else(std::thread::yield_now, &run);
                         queue.retain(|waiting| !waiting.over);
                     }
@@ -268,6 +294,7 @@ proptest! {
         let workers = [limited(0, 1), limited(1, 2)];
         let mut inside: Vec<Admitted<'_>> = Vec::new();
         let mut queue: Vec<(Waiting<'_>, usize)> = Vec::new();
+        let (mut joined, mut displaced) = (0usize, 0usize);
         for step in steps {
             match step {
                 Step::Come { priority, key, workers: wanted } => {
@@ -275,21 +302,27 @@ proptest! {
                     let among = among.map(|(_, worker)| worker.clone()).collect();
                     match admission.enter(Newcomer { priority, key, shard: 0, workers: among }) {
                         Entry::In(admitted) => inside.push(admitted),
-                        Entry::Waits(waiting) => queue.push((waiting, wanted)),
+                        Entry::Waits(waiting) => {
+                            joined += 1;
+                            queue.push((waiting, wanted));
+                        }
                         Entry::Refused(_) => prop_assert_eq!(queue.len(), size as usize),
                     }
                 }
                 Step::End(which) => if !inside.is_empty() {
-                    let Admitted { permit, room } = inside.swap_remove(which.index(inside.len()));
-                    drop(room);
-                    admission.room_made();
-                    drop(permit);
+                    inside.swap_remove(which.index(inside.len()));
                 },
                 Step::GiveUp(which) => if !queue.is_empty() {
                     drop(queue.remove(which.index(queue.len())));
                 },
             }
-            inside.extend(queue.iter_mut().filter_map(|(waiting, _)| waiting.served()));
+            for called in queue.iter_mut().filter_map(|(waiting, _)| waiting.called()) {
+                match called {
+                    Ok(admitted) => inside.push(admitted),
+                    Err(_) => displaced += 1,
+                }
+            }
+            prop_assert!(displaced <= joined.saturating_sub(size as usize), "only a full queue displaces");
             queue.retain(|(waiting, _)| !waiting.over);
             prop_assert_eq!(admission.waiting(), queue.len() as u64);
             prop_assert!(queue.len() <= size as usize);
@@ -297,7 +330,7 @@ proptest! {
             prop_assert!(slots == 0 || inside.len() <= slots as usize);
             for worker in &workers {
                 let here = inside.iter().filter_map(|admitted| admitted.room.as_ref());
-                let here = here.filter(|room| Arc::ptr_eq(room.worker(), worker)).count();
+                let here = here.filter(|room| Arc::ptr_eq(room.in_flight.worker(), worker)).count();
                 prop_assert_eq!(worker.in_flight() as usize, here);
                 prop_assert!(here <= worker.traits().max_concurrent_requests.unwrap() as usize);
             }
