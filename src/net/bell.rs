@@ -83,3 +83,52 @@ impl Bell {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread, time::Duration};
+
+    use super::*;
+    use crate::net::Runtime;
+
+    /// Every driver that this kernel grants.
+    fn on_each_driver(test: fn(Driver, Runtime)) {
+        let mut ran = 0;
+        for driver in [Driver::Epoll, Driver::UringDeferred, Driver::UringCooperative, Driver::UringPlain] {
+            if let Ok(runtime) = Runtime::build(driver) {
+                test(driver, runtime);
+                ran += 1;
+            }
+        }
+        assert!(ran > 0, "epoll is always there");
+    }
+
+    #[test]
+    fn a_shard_looks_each_time_that_another_thread_rings() {
+        on_each_driver(|driver, mut runtime| {
+            let (ringer, bell) = bell().unwrap();
+            let (looked, looks) = mpsc::channel();
+            let other = thread::spawn(move || {
+                for round in 0..100 {
+                    ringer.ring();
+                    let look = looks.recv_timeout(Duration::from_secs(60));
+                    look.unwrap_or_else(|_| panic!("{driver}: round {round} was not heard"));
+                }
+            });
+            runtime.block_on(bell.listen(driver, || looked.send(()).unwrap())).unwrap();
+            other.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_bell_that_is_rung_is_not_rung_again_before_the_shard_has_looked() {
+        on_each_driver(|driver, mut runtime| {
+            let (ringer, bell) = bell().unwrap();
+            (0..100_000).for_each(|_| ringer.ring());
+            drop(ringer);
+            let mut looks = 0;
+            runtime.block_on(bell.listen(driver, || looks += 1)).unwrap();
+            assert_eq!(looks, 1, "{driver}");
+        });
+    }
+}
