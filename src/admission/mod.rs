@@ -13,6 +13,9 @@ mod settings;
 
 pub use bucket::Bucket;
 pub use budget::{Budget, FREE_BYTES, Held};
-pub use limiter::{Admission, Admitted, Entry, Newcomer, Permit, Reason, Refused, Room, Waiter, Waiting};
+pub use limiter::{
+    Admission, Admitted, Entry, FindRoom, Full, Newcomer, Permit, Reason, Refused, Room, RoomWanted, Waiter,
+    Waiting,
+};
 pub use queue::{Joined, Queue, Ticket, Verdict};
 pub use settings::Settings;

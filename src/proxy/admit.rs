@@ -5,6 +5,7 @@
 use std::{
     cell::RefCell,
     future::poll_fn,
+    hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     task::{Poll, Waker},
 };
@@ -13,20 +14,29 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     admission::{
-        Admission, Admitted, Entry, Newcomer, Permit, Reason, Refused, Room, Settings, Waiter, Waiting,
+        Admission, Admitted, Entry, Full, Newcomer, Permit, Reason, Refused, Room, RoomWanted, Settings,
+        Waiter, Waiting,
     },
     http::RequestFraming,
     proxy::{
-        body::Body, client::Client, context::Context, inspect::Inspected, retry::Failure, serving::Serving,
+        body::Body,
+        client::Client,
+        context::{Context, Snapshot},
+        inspect::Inspected,
+        retry::Failure,
+        serving::Serving,
     },
-    routing::Tried,
+    routing::{Candidates, Tried},
     vllm::{self, Endpoint, Facts, Key, Treatment},
-    workers::{Fleet, Worker},
+    workers::{Fleet, InFlight},
 };
 
 /// After this time, in microseconds, a client may try again whose body there was no memory for: bodies are gone as
 /// soon as their answer begins.
 const MEMORY_RETRY_MICROS: u64 = 5_000_000;
+
+/// How often a request waits for room at most: each attempt may.
+const MAX_WAITS: u32 = 16;
 
 /// What one shard needs to let requests in.
 pub(super) struct Entrance {
@@ -93,6 +103,8 @@ impl Entrance {
 pub(super) struct Pass<'a> {
     permit: Option<Permit<'a>>,
     room: Option<Room<'a>>,
+    /// How often it has waited for room.
+    waits: u32,
 }
 
 impl<'a> Pass<'a> {
@@ -154,18 +166,18 @@ pub(super) fn before_body(client: &Client<'_>, endpoint: &Endpoint) -> Result<()
 pub(super) async fn admit<'a>(
     client: &Client<'a>,
     endpoint: &Endpoint,
-    fleet: &Fleet,
+    fleet: &Snapshot,
     serving: &Serving<'_>,
     claim: Claim,
 ) -> Result<Pass<'a>, Failure> {
     let cx = client.cx;
     let (Some(entrance), Treatment::Route(_)) = (&cx.entrance, endpoint.treatment) else {
-        return Ok(Pass { permit: None, room: None });
+        return Ok(Pass { permit: None, room: None, waits: 0 });
     };
     let arrived = entrance.admission.arrives(cx.clock.exact().micros());
     arrived.map_err(|refused| client.refused(refused))?;
     if let Some(permit) = entrance.admission.try_enter() {
-        return Ok(Pass { permit: Some(permit), room: None });
+        return Ok(Pass { permit: Some(permit), room: None, waits: 0 });
     }
     // rare beside the exchanges that do not wait, which should not carry its state
     Box::pin(queue(client, entrance, fleet, serving, &Tried::none(), claim)).await
@@ -182,7 +194,7 @@ pub(super) async fn admit<'a>(
 pub(super) async fn wait_for_room<'a>(
     client: &Client<'a>,
     pass: &mut Pass<'a>,
-    fleet: &Fleet,
+    fleet: &Snapshot,
     serving: &Serving<'_>,
     tried: &Tried,
     claim: Claim,
@@ -190,33 +202,41 @@ pub(super) async fn wait_for_room<'a>(
     // a worker's limit is a reason to have an entrance
     let Some(entrance) = &client.cx.entrance else { return Err(Failure::NoWorker) };
     drop(pass.permit.take());
-    *pass = queue(client, entrance, fleet, serving, tried, claim).await?;
+    // what was found free may be taken again before it is used, but not for ever
+    pass.waits += 1;
+    if pass.waits > MAX_WAITS {
+        return Err(client.refused(entrance.admission.refuse(Reason::WorkersBusy)));
+    }
+    let waits = pass.waits;
+    *pass = Pass { waits, ..queue(client, entrance, fleet, serving, tried, claim).await? };
     Ok(())
 }
 
 async fn queue<'a>(
     client: &Client<'a>,
     entrance: &'a Entrance,
-    fleet: &Fleet,
+    fleet: &Snapshot,
     serving: &Serving<'_>,
     tried: &Tried,
     claim: Claim,
 ) -> Result<Pass<'a>, Failure> {
     let cx = client.cx;
     let Claim { priority, key } = claim;
-    let workers = limited(fleet, serving, tried);
-    let newcomer = Newcomer { priority, key, shard: cx.shard(), workers };
+    let room = room_wanted(fleet, serving, tried);
+    let newcomer = Newcomer { priority, key, shard: cx.shard(), room };
     let admitted = match entrance.admission.enter(newcomer) {
         Entry::In(admitted) => Ok(admitted),
         Entry::Refused(refused) => Err(refused),
         Entry::Waits(waiting) => {
             let mut place = Place::new(cx, entrance, waiting);
             let called = client.outlet.watch.limit(entrance.timeout_ms, place.called()).await;
-            called.unwrap_or_else(|_| place.give_up())
+            let answer = called.unwrap_or_else(|_| place.give_up());
+            entrance.admission.waited(place.waited_micros());
+            answer
         }
     };
     let Admitted { permit, room } = admitted.map_err(|refused| client.refused(refused))?;
-    Ok(Pass { permit: Some(permit), room })
+    Ok(Pass { permit: Some(permit), room, waits: 0 })
 }
 
 /// One who waits on this shard.
@@ -230,6 +250,10 @@ struct Place<'a> {
 impl<'a> Place<'a> {
     fn new(cx: &'a Context, entrance: &'a Entrance, waiting: Waiting<'a>) -> Self {
         Self { cx, entrance, waiting, began_micros: cx.clock.exact().micros() }
+    }
+
+    fn waited_micros(&self) -> u64 {
+        self.cx.clock.exact().micros().saturating_sub(self.began_micros)
     }
 
     /// # Cancellation
@@ -251,20 +275,48 @@ impl<'a> Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        let micros = self.cx.clock.exact().micros().saturating_sub(self.began_micros);
-        self.cx.metrics().queued(micros);
-        self.entrance.admission.waited(micros);
+        self.cx.metrics().queued(self.waited_micros());
         self.entrance.forget(self.waiting.waiter());
     }
 }
 
-/// The workers that may serve it, if all of these have a limit: with one that has none there is always room.
-fn limited(fleet: &Fleet, serving: &Serving<'_>, tried: &Tried) -> Vec<Arc<Worker>> {
-    let Serving::Workers { positions, .. } = serving else { return Vec::new() };
-    let untried = || positions.iter().filter(|&&position| !tried.contains(position));
-    let workers = || untried().filter_map(|&position| fleet.workers.get(position));
-    let capped = |worker: &Arc<Worker>| worker.traits().max_concurrent_requests.is_some();
-    if workers().all(capped) { workers().cloned().collect() } else { Vec::new() }
+/// How the room is found that a request needs; `None`: nobody who may serve it has a limit.
+fn room_wanted(fleet: &Snapshot, serving: &Serving<'_>, tried: &Tried) -> Option<RoomWanted> {
+    let Serving::Workers { positions, .. } = serving else { return None };
+    let limited = |&position: &usize| fleet.workers[position].traits().max_concurrent_requests.is_some();
+    if !positions.iter().any(limited) {
+        return None;
+    }
+    let fleet = fleet.shared();
+    let (positions, tried) = (positions.to_vec(), tried.clone());
+    let mut hash = DefaultHasher::new();
+    (Arc::as_ptr(&fleet).addr(), &positions, &tried).hash(&mut hash);
+    let find = Box::new(move || find_room(&fleet, &positions, &tried));
+    Some(RoomWanted { of: hash.finish(), find })
+}
+
+/// A place on the candidate that has the least in flight, relative to its limit; none where one has no limit, and none
+/// where there is nobody at all, which the choice will tell. The policy may choose another one that has room.
+///
+/// # Errors
+/// All of them have as many requests as they may.
+fn find_room(fleet: &Fleet, positions: &[usize], tried: &Tried) -> Result<Option<InFlight>, Full> {
+    let mut scratch = Vec::new();
+    let candidates = Candidates::of(fleet, positions, tried, &mut scratch);
+    if candidates.are_busy() {
+        return Err(Full);
+    }
+    let mut best: Option<(u64, usize)> = None;
+    for (position, worker) in candidates.iter() {
+        let Some(most) = worker.traits().max_concurrent_requests else { return Ok(None) };
+        let load = (u64::from(worker.in_flight()) << 32) / u64::from(most.max(1));
+        if best.is_none_or(|(least, _)| load < least) {
+            best = Some((load, position));
+        }
+    }
+    let Some((_, position)) = best else { return Ok(None) };
+    // another shard may have been quicker; then its end comes here again
+    InFlight::reserve(&fleet.workers[position]).map(Some).ok_or(Full)
 }
 
 impl Client<'_> {
@@ -284,5 +336,67 @@ impl Client<'_> {
             return Ok(());
         }
         Err(self.refused(Refused::after_micros(Reason::Memory, MEMORY_RETRY_MICROS)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workers::{Demand, EngineStats, Health, ModelSettings, Registry};
+
+    /// All usable; the limits as they stand behind the URLs.
+    fn fleet(limits: &[&str]) -> Arc<Fleet> {
+        let specs =
+            limits.iter().enumerate().map(|(at, limit)| format!("http://w{at}:1{limit}").parse().unwrap());
+        let fleet = Registry::new(specs, ModelSettings::default()).handle().load_full();
+        for worker in &fleet.workers {
+            worker.set_health(Health::Up);
+        }
+        fleet
+    }
+
+    fn found(fleet: &Fleet, tried: &Tried) -> Result<Option<(usize, InFlight)>, Full> {
+        let all: Vec<usize> = (0..fleet.workers.len()).collect();
+        let found = find_room(fleet, &all, tried)?;
+        Ok(found.map(|place| (place.worker().id(), place)))
+    }
+
+    #[test]
+    fn room_is_found_where_there_is_most_and_not_on_who_is_down_or_was_tried() {
+        let fleet = fleet(&[
+            "#max_concurrent_requests=2",
+            "#max_concurrent_requests=4",
+            "#max_concurrent_requests=9",
+        ]);
+        fleet.workers[2].set_health(Health::Down);
+        let none = Tried::none();
+        let places: Vec<_> = (0..6).map(|_| found(&fleet, &none).unwrap().expect("room")).collect();
+        assert_eq!([0, 1, 2].map(|at: usize| fleet.workers[at].in_flight()), [2, 4, 0]);
+        assert_eq!(found(&fleet, &none).map(|_| ()), Err(Full));
+        fleet.workers[2].set_health(Health::Up);
+        assert_eq!(found(&fleet, &none).unwrap().map(|(id, _)| id), Some(2));
+        let mut tried = Tried::none();
+        tried.add(2);
+        assert_eq!(found(&fleet, &tried).map(|_| ()), Err(Full));
+        drop(places);
+        tried.add(0);
+        tried.add(1);
+        assert!(found(&fleet, &tried).unwrap().is_none(), "nobody is left, which is not for waiting");
+    }
+
+    #[test]
+    fn who_has_no_limit_gives_room_only_while_it_may_be_chosen() {
+        let fleet = fleet(&["#max_concurrent_requests=1", ""]);
+        let none = Tried::none();
+        assert!(found(&fleet, &none).unwrap().is_none(), "no place has to be taken");
+        let _running = InFlight::begin(fleet.workers[0].clone(), Demand::default());
+        let asleep = EngineStats { asleep: Some(true), ..EngineStats::default() };
+        fleet.workers[1].engine().set(&asleep, 0);
+        assert_eq!(found(&fleet, &none).map(|_| ()), Err(Full), "it sleeps, and the other is awake and full");
+        fleet.workers[1].set_health(Health::Down);
+        assert_eq!(found(&fleet, &none).map(|_| ()), Err(Full), "it is down");
+        fleet.workers[1].engine().set(&EngineStats { asleep: Some(false), ..EngineStats::default() }, 0);
+        fleet.workers[0].set_health(Health::Down);
+        assert!(found(&fleet, &none).unwrap().is_none(), "both stand in");
     }
 }

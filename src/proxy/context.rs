@@ -216,6 +216,13 @@ impl std::fmt::Debug for Context {
 /// that all shards write to with every request.
 pub(super) struct Snapshot(Arc<Fleet>);
 
+impl Snapshot {
+    /// The fleet for another thread. Its count is shared by all: only for who has to wait.
+    pub(super) fn shared(&self) -> Arc<Fleet> {
+        self.0.clone()
+    }
+}
+
 impl std::ops::Deref for Snapshot {
     type Target = Fleet;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::workers::{Fleet, Worker};
 
 /// The workers that earlier attempts of an exchange have failed on.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 pub struct Tried(Vec<usize>);
 
 impl Tried {

@@ -375,6 +375,24 @@ variants! {
         gate.open();
     }
 
+    fn a_worker_without_a_limit_that_is_gone_is_no_room(v: Variant) {
+        let gate = Gate::new();
+        let (busy, gone) = (worker().holds(&gate).start(), worker().start());
+        let one = format!("{}#max_concurrent_requests=1", busy.url());
+        let proxy = proxy(v).url(&one).worker(&gone).start();
+        gone.go_down();
+        eventually("it is known to be gone", || !proxy.usable_workers().contains(&gone.url()));
+        let mut running = begin(&proxy, "", &chat("running", ""));
+        busy.wait_for_requests(1);
+        let mut waiting = begin(&proxy, "", &chat("waiting", ""));
+        queue_is(&proxy, 1);
+        gate.open();
+        running.response().expect(200);
+        waiting.response().expect(200);
+        assert_eq!(said(&busy), ["running", "waiting"]);
+        assert_idle(&proxy);
+    }
+
     fn who_waits_is_served_by_a_worker_that_comes_back(v: Variant) {
         let gate = Gate::new();
         let (busy, gone) = (worker().holds(&gate).start(), worker().start());
@@ -449,7 +467,7 @@ variants! {
         running.response().expect(200);
     }
 
-    fn a_slow_upload_holds_no_slot(v: Variant) {
+    fn c11_a_slow_upload_holds_no_slot(v: Variant) {
         let worker = worker().start();
         let proxy = proxy(v).worker(&worker).arg("--max-concurrent-requests", "1").start();
         let mut slow = proxy.client();

@@ -3,8 +3,8 @@
 //! While nobody waits, entering is one compare-and-exchange and leaving one subtraction. Only when a request has to
 //! wait, and whenever something becomes free while one does, a mutex is taken around the queue. That a shard never
 //! waits for another thread holds nevertheless: this is off unless a limit is set, happens only beyond that limit, and
-//! the mutex is held for a walk over the queue, which allocates nothing and calls nobody; it ends at the first who
-//! waits for a slot when there is none.
+//! the mutex is held for a walk over the queue, which wakes nobody; it ends at the first who waits for a slot when there
+//! is none, and asks once for room where many wait for the same.
 //!
 //! Who leaves hands its slot to the first who can use it: slots and waiters are counted in one word, so that nobody who
 //! arrives meanwhile can take it. A request that needs room on a worker is given that as well (a place among its
@@ -22,7 +22,7 @@ use thiserror::Error;
 
 use crate::{
     admission::{Bucket, Joined, Queue, Settings, Ticket, Verdict},
-    workers::{InFlight, Worker},
+    workers::InFlight,
 };
 
 /// One who waits, in the word of [`Admission`]; slots in use are counted below it.
@@ -75,8 +75,23 @@ impl Refused {
     }
 }
 
+/// Everybody who could be asked has as many requests as it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full;
+
+/// Looks for room on a worker: takes a place, or says that none has to be taken. Called under the queue's mutex, by any
+/// thread.
+pub type FindRoom = Box<dyn Fn() -> Result<Option<InFlight>, Full> + Send + Sync>;
+
+/// Where a newcomer needs room.
+pub struct RoomWanted {
+    /// Who can be asked: two for whom this is the same find room, or none, alike.
+    pub of: u64,
+    /// How it is found.
+    pub find: FindRoom,
+}
+
 /// Who wants to come in.
-#[derive(Debug)]
 pub struct Newcomer {
     /// Lower goes first.
     pub priority: i64,
@@ -84,40 +99,31 @@ pub struct Newcomer {
     pub key: u64,
     /// The shard that is rung for it.
     pub shard: usize,
-    /// Who may serve it, if all of these have a limit; empty: there is always room.
-    pub workers: Vec<Arc<Worker>>,
+    /// `None`: nobody who may serve it has a limit.
+    pub room: Option<RoomWanted>,
 }
 
 impl Newcomer {
-    /// Takes room on a worker: of those that are usable the one with the least in flight, relative to its limit; where
-    /// none is usable, of all.
-    ///
-    /// # Errors
-    /// Nobody has room.
     fn take_room(&self) -> Result<Option<InFlight>, Full> {
-        if self.workers.is_empty() {
-            return Ok(None);
-        }
-        let usable = self.workers.iter().any(|worker| worker.usable());
-        let among = |worker: &&Arc<Worker>| !usable || worker.usable();
-        let load = |worker: &&Arc<Worker>| {
-            let most = worker.traits().max_concurrent_requests.unwrap_or(u32::MAX);
-            (u64::from(worker.in_flight()) << 32) / u64::from(most.max(1))
-        };
-        let has_room = |worker: &&Arc<Worker>| !worker.is_full();
-        let best = self.workers.iter().filter(among).filter(has_room).min_by_key(load).ok_or(Full)?;
-        // another shard may have been quicker; then its end comes here again
-        InFlight::reserve(best).map(Some).ok_or(Full)
+        self.room.as_ref().map_or(Ok(None), |wanted| (wanted.find)())
     }
 
-    fn waits_for_the_same(&self, other: &Self) -> bool {
-        let mut pairs = self.workers.iter().zip(&other.workers);
-        self.workers.len() == other.workers.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
+    fn room_of(&self) -> Option<u64> {
+        self.room.as_ref().map(|wanted| wanted.of)
     }
 }
 
-/// There is no room.
-struct Full;
+impl fmt::Debug for Newcomer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Newcomer").field("priority", &self.priority).field("room", &self.room_of()).finish()
+    }
+}
+
+impl fmt::Debug for RoomWanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RoomWanted").field("of", &self.of).finish_non_exhaustive()
+    }
+}
 
 /// What has become of one who waits.
 mod fate {
@@ -203,7 +209,7 @@ pub enum Entry<'a> {
 #[derive(Debug)]
 pub struct Admitted<'a> {
     // Before the slot: with that alone a waiter who needs both could not be served.
-    /// A place on a worker, if all that may serve it have a limit.
+    /// A place on a worker, if one had to be taken.
     pub room: Option<Room<'a>>,
     /// Its slot.
     pub permit: Permit<'a>,
@@ -341,7 +347,7 @@ impl Admission {
         }
     }
 
-    /// Takes note of how long one had waited who was served.
+    /// Takes note of how long one has waited who did not leave by itself.
     pub fn waited(&self, micros: u64) {
         let before = self.waited_micros.load(Ordering::Relaxed);
         // a lost update does no harm to an estimate
@@ -356,7 +362,7 @@ impl Admission {
     /// What a newcomer does not get in for.
     fn why(&self, newcomer: &Newcomer, waited: bool) -> Reason {
         let slots_full = self.slots > 0 && self.in_use() >= u64::from(self.slots);
-        match (slots_full || newcomer.workers.is_empty(), waited) {
+        match (slots_full || newcomer.room.is_none(), waited) {
             (true, false) => Reason::QueueFull,
             (true, true) => Reason::QueueTimeout,
             (false, false) => Reason::WorkersBusy,
@@ -395,15 +401,15 @@ impl Admission {
     fn serve(&self, queue: &mut Queue<Arc<Waiter>>) -> Vec<usize> {
         let mut rung = Vec::new();
         // most of those who are passed wait for the same workers as the one before
-        let mut full: Option<Arc<Waiter>> = None;
+        let mut full = None;
         queue.serve(|waiter| {
-            if full.as_ref().is_some_and(|other| other.newcomer.waits_for_the_same(&waiter.newcomer)) {
+            if full.is_some() && full == waiter.newcomer.room_of() {
                 return Verdict::Passed;
             }
             let room = match self.take(&waiter.newcomer) {
                 Ok(room) => room,
                 Err(verdict) => {
-                    full = (verdict == Verdict::Passed).then(|| waiter.clone());
+                    full = waiter.newcomer.room_of();
                     return verdict;
                 }
             };

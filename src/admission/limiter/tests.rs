@@ -7,6 +7,7 @@ use clap::{Args, Command, FromArgMatches, builder::Resettable};
 use proptest::prelude::*;
 
 use super::*;
+use crate::workers::Worker;
 
 /// As [`Settings`] of these flags, whatever the environment says.
 fn settings(flags: &[&str]) -> Settings {
@@ -20,9 +21,17 @@ fn admission(slots: u32, queue: u32) -> Admission {
     Admission::new(&settings(&[&flags[0], &flags[1]]), |_| {})
 }
 
+/// One that any of these workers may serve; nobody: that needs no room.
 fn newcomer(priority: i64, workers: &[&Arc<Worker>]) -> Newcomer {
-    let workers = workers.iter().copied().cloned().collect();
-    Newcomer { priority, key: 0, shard: 0, workers }
+    let workers: Vec<Arc<Worker>> = workers.iter().copied().cloned().collect();
+    let of = workers.iter().map(|worker| 1 << worker.id()).sum();
+    let find = move || {
+        let usable = workers.iter().filter(|worker| worker.usable() && !worker.is_full());
+        let best = usable.min_by_key(|worker| worker.in_flight()).ok_or(Full)?;
+        InFlight::reserve(best).map(Some).ok_or(Full)
+    };
+    let room = (of != 0).then(|| RoomWanted { of, find: Box::new(find) });
+    Newcomer { priority, key: 0, shard: 0, room }
 }
 
 fn limited(id: usize, most: u32) -> Arc<Worker> {
@@ -160,31 +169,6 @@ fn who_waits_for_a_worker_holds_nobody_up_who_can_use_another() {
 }
 
 #[test]
-fn room_is_given_where_there_is_most_and_not_on_who_is_down() {
-    let admission = admission(0, 10);
-    let workers = [limited(0, 2), limited(1, 4), limited(2, 9)];
-    workers[2].set_health(crate::workers::Health::Down);
-    let all: Vec<_> = workers.iter().collect();
-    // somebody waits, so that the queue is asked
-    let nobody = limited(9, 1);
-    let _running = InFlight::begin(nobody.clone(), Default::default());
-    let _waiting = waits(&admission, newcomer(0, &[&nobody]));
-    let mut inside = Vec::new();
-    for _ in 0..6 {
-        let Entry::In(admitted) = admission.enter(newcomer(0, &all)) else { panic!("there is room") };
-        inside.push(admitted);
-    }
-    assert_eq!(workers.each_ref().map(|worker| worker.in_flight()), [2, 4, 0]);
-    let mut waiting = waits(&admission, newcomer(0, &all));
-    workers[2].set_health(crate::workers::Health::Up);
-    admission.room_made();
-    assert_eq!(
-        waiting.admitted().and_then(|admitted| admitted.room).map(|room| room.in_flight.worker().id()),
-        Some(2)
-    );
-}
-
-#[test]
 fn the_reason_is_what_is_waited_for() {
     let admission = admission(1, 0);
     let worker = limited(0, 1);
@@ -299,8 +283,8 @@ proptest! {
             match step {
                 Step::Come { priority, key, workers: wanted } => {
                     let among = workers.iter().enumerate().filter(|(at, _)| wanted & (1 << at) != 0);
-                    let among = among.map(|(_, worker)| worker.clone()).collect();
-                    match admission.enter(Newcomer { priority, key, shard: 0, workers: among }) {
+                    let among: Vec<&Arc<Worker>> = among.map(|(_, worker)| worker).collect();
+                    match admission.enter(Newcomer { key, ..newcomer(priority, &among) }) {
                         Entry::In(admitted) => inside.push(admitted),
                         Entry::Waits(waiting) => {
                             joined += 1;
