@@ -16,6 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     admin,
+    admission::{self, Admission},
     base::{self, Clock, Millis},
     config::Config,
     control, demo,
@@ -116,8 +117,16 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         &metrics,
         Needs { shards: count, workers, pool_size: config.upstream.pool_size, driver },
     );
+    let (entrance, mut bells) = entrance(&config, count)?;
+    let body_budget = admission::Budget::new(config.admission.body_memory_bytes);
+    if let Some(entrance) = &entrance {
+        let (waiting, in_use) = (entrance.clone(), entrance.clone());
+        metrics.set_admission(move || waiting.waiting(), move || in_use.in_use());
+    }
+    let held = body_budget.clone();
+    metrics.set_body_bytes(move || held.held());
     let routing = routing::Shared::new(config.routing.clone(), workers);
-    let budget = Arc::new(proxy::Budget::default());
+    let retry_budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
     let mut shards = Vec::with_capacity(count);
@@ -125,9 +134,12 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         let parts = proxy::Parts {
             settings: config.proxy.clone(),
             retries: config.retries.clone(),
-            budget: budget.clone(),
+            retry_budget: retry_budget.clone(),
             upstream: config.upstream.clone(),
             net: config.net.patient(config.proxy.worker_write_timeout_secs),
+            admission: config.admission.clone(),
+            entrance: entrance.clone(),
+            body_budget: body_budget.clone(),
             clock,
             fleet: fleet.clone(),
             admin: admin.clone(),
@@ -139,7 +151,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             fault: faults.on_request,
         };
         let (orders, ended) = (orders.clone(), end.clone());
-        let order = Start { listener, parts, orders, on_tick: faults.on_tick, ended };
+        let bell = bells.next();
+        let order = Start { listener, parts, bell, orders, on_tick: faults.on_tick, ended };
         starting.go.send(Order::Start(Box::new(order))).ok().context("a shard ended before it began")?;
         shards.push(starting.thread);
     }
@@ -372,6 +385,26 @@ fn check_limits(metrics: &Metrics, needs: Needs) -> u64 {
     most_connections
 }
 
+/// What shards let in together, and a bell for each of them; nothing where there is no limit.
+fn entrance(
+    config: &Config,
+    shards: usize,
+) -> anyhow::Result<(Option<Arc<Admission>>, std::vec::IntoIter<net::Bell>)> {
+    let capped = config.worker_urls.iter().any(|server| server.traits.max_concurrent_requests.is_some());
+    if !config.admission.limits(capped) {
+        return Ok((None, Vec::new().into_iter()));
+    }
+    let bells: Result<Vec<_>, _> = (0..shards).map(|_| net::bell()).collect();
+    let (ringers, bells): (Vec<net::Ringer>, Vec<net::Bell>) =
+        bells.context("cannot make a bell for a shard")?.into_iter().unzip();
+    let ring = move |shard: usize| {
+        if let Some(ringer) = ringers.get(shard) {
+            ringer.ring();
+        }
+    };
+    Ok((Some(Arc::new(Admission::new(&config.admission, ring))), bells.into_iter()))
+}
+
 /// The control thread's endpoints as a worker: its id follows those of the real ones.
 fn admin_worker(id: usize, address: SocketAddr) -> anyhow::Result<Worker> {
     let worker = Worker::new(id, format!("http://{address}").parse()?);
@@ -395,6 +428,7 @@ enum Order {
 struct Start {
     listener: TcpListener,
     parts: proxy::Parts,
+    bell: Option<net::Bell>,
     orders: Arc<Orders>,
     on_tick: Option<fn()>,
     ended: mpsc::Sender<()>,
@@ -462,9 +496,9 @@ fn shard_thread(
             }
             Order::Start(start) => {
                 let runtime = runtime.context("a shard was started before its runtime was built")?;
-                let Start { listener, parts, orders, on_tick, ended } = *start;
+                let Start { listener, parts, bell, orders, on_tick, ended } = *start;
                 let _tell = TellEnd(ended);
-                return shard::run(runtime, driver, listener, parts, orders, on_tick)
+                return shard::run(runtime, driver, listener, parts, bell, orders, on_tick)
                     .context("a shard failed");
             }
         }

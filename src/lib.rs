@@ -20,7 +20,8 @@
 //! ```
 //!
 //! * **Shards** ([`shard`]) own everything on the data path: a listener, the clients that it accepted, the
-//!   connections to workers, the buffers. A shard never blocks, takes no lock and waits for no other thread;
+//!   connections to workers, the buffers. A shard never blocks, takes no lock (but one for a moment where requests
+//!   have to queue, see [`admission`]) and waits for no other thread;
 //!   it reads the newest [`workers::Fleet`] and counts in atomics of its own. What runs on each worker
 //!   ([`workers::Load`]) and which prompts it holds ([`routing::PrefixIndex`]) all shards know together, in
 //!   atomics as well.
@@ -48,6 +49,7 @@
 //!    parsing the rest.
 //! 4. **Who may serve it**: [`workers::Fleet::resolve`], or vLLM's own 404. What the policy needs is read of the
 //!    body ([`routing::Prompt`], [`routing::SessionKeys`]), and an alias is spliced into it.
+//!    Then it is let in (`proxy/admit.rs`), where a limit is set: [`admission::Admission`] has the slots and the queue.
 //! 5. **Attempts**, each on the worker that the [`routing::Router`] chooses by the model's [`routing::Policy`]:
 //!    [`workers::InFlight`] counts it, [`upstream::Pool`] has a connection, head and body leave in one send
 //!    (`proxy/attempt.rs`), and the answer's head is awaited at the same time. However it ends, the router hears
@@ -72,6 +74,7 @@
 //! `tests/architecture.rs` holds the sources against that table.
 
 pub mod admin;
+pub mod admission;
 pub mod app;
 pub mod base;
 pub mod config;

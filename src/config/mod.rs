@@ -12,7 +12,7 @@ mod rules;
 mod show;
 
 use crate::{
-    control, net, proxy, routing, shard,
+    admission, control, net, proxy, routing, shard,
     telemetry::log,
     upstream,
     workers::{self, WorkerSpec},
@@ -32,7 +32,7 @@ pub struct Config {
     /// The vLLM servers, as `http://host[:port][/prefix]`, separated by commas, on the command line also by
     /// spaces; one that is named twice is one server. What is to be known of one stands behind it, as
     /// `#priority=10&cost=0.5&max_concurrent_requests=8`: a higher priority is used first, a cost of 2 gets half
-    /// of what a cost of 1 gets
+    /// of what a cost of 1 gets, and nobody gets more requests at a time than it may have
     #[arg(long, visible_alias = "static-backends", env = "VLLM_PROXY_WORKER_URLS", num_args = 1.., value_delimiter = ',', value_name = "URL", value_parser = worker)]
     pub worker_urls: Vec<WorkerSpec>,
 
@@ -73,6 +73,9 @@ pub struct Config {
     /// Further attempts.
     #[command(flatten, next_help_heading = "Retries")]
     pub retries: proxy::RetrySettings,
+    /// How much is let in at a time.
+    #[command(flatten, next_help_heading = "Admission")]
+    pub admission: admission::Settings,
 
     /// Connections to workers.
     #[command(flatten, next_help_heading = "Connections to workers")]

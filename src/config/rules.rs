@@ -42,6 +42,9 @@ const MAX_ATTEMPTS: u32 = 100;
 const MAX_PAUSE_MS: u64 = 3_600_000;
 
 const MILLISECONDS: &str = "a whole number of milliseconds from 0 to 3600000";
+/// Waiting requests. More could not be served in any time that a client waits.
+const MAX_QUEUE: u32 = 1 << 20;
+
 const SECONDS: &str = "a whole number of seconds from 1 to 31536000";
 const SECONDS_OR_ZERO: &str = "a whole number of seconds from 0 to 31536000";
 const INTERVAL: &str = "a number of seconds from 0.01 to 31536000";
@@ -129,6 +132,13 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "max_retries", allowed: "a whole number from 0 to 99", check: |c| within(c.retries.max_retries.unwrap_or(0), 0..=MAX_ATTEMPTS - 1) },
     Rule { id: "retry_delay", allowed: "a number of seconds from 0 to 3600", check: |c| within(c.retries.retry_delay.unwrap_or(0.0), 0.0..=3600.0) },
 
+    Rule { id: "max_concurrent_requests", allowed: "a whole number from 0 to 4294967295", check: |_| Ok(()) },
+    Rule { id: "queue_size", allowed: "a whole number from 0 to 1048576", check: |c| within(c.admission.queue_size, 0..=MAX_QUEUE) },
+    Rule { id: "queue_timeout_secs", allowed: SECONDS, check: |c| within(c.admission.queue_timeout_secs, 1..=MAX_SECONDS) },
+    Rule { id: "rate_limit_tokens_per_second", allowed: "0, or a number from 0.001 to 1000000000", check: |c| rate(c.admission.rate_limit_tokens_per_second) },
+    Rule { id: "queue_fairness_header", allowed: "the name of a header", check: |_| Ok(()) },
+    Rule { id: "body_memory_bytes", allowed: "a whole number of bytes from 0 to 2^63 - 1", check: |c| within(c.admission.body_memory_bytes, 0..=i64::MAX as u64) },
+
     Rule { id: "connect_timeout_secs", allowed: SECONDS, check: |c| within(c.upstream.connect_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "pool_idle_timeout_secs", allowed: SECONDS_OR_ZERO, check: |c| within(c.upstream.pool_idle_timeout_secs, 0..=MAX_SECONDS) },
     Rule { id: "pool_size", allowed: "a whole number from 0 to 65536", check: |c| within(c.upstream.pool_size, 0..=MAX_POOL) },
@@ -204,6 +214,10 @@ fn model_types(config: &Config) -> Result<(), String> {
         return Ok(());
     }
     Err(types.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
+}
+
+fn rate(per_second: f64) -> Result<(), String> {
+    if per_second == 0.0 { Ok(()) } else { within(per_second, 0.001..=1e9) }
 }
 
 fn worker_urls(config: &Config) -> Result<(), String> {

@@ -9,6 +9,7 @@ use std::{
     task::{Poll, Waker},
 };
 
+mod bell;
 mod buffer;
 mod contain;
 mod driver;
@@ -17,6 +18,7 @@ mod settings;
 mod socket;
 mod watch;
 
+pub use bell::{Bell, Ringer, bell};
 pub use buffer::Buffer;
 pub use contain::{Contained, Panicked, contain};
 pub use driver::{Driver, IoChoice, Runtime};

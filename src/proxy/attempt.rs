@@ -27,7 +27,7 @@ use crate::{
     telemetry::metrics::Break,
     upstream::Connection,
     vllm,
-    workers::{Demand, InFlight, Worker},
+    workers::{InFlight, Worker},
 };
 
 /// The field in which vLLM tells its load to who asked for it with `endpoint-load-metrics-format` (ORCA).
@@ -62,8 +62,6 @@ pub(super) struct Manner {
     pub(super) fresh: bool,
     /// Whether there are workers of another kind, which may have the path if this one does not.
     pub(super) other_kinds: bool,
-    /// What the request is expected to ask of the worker.
-    pub(super) demand: Demand,
     /// Whether what the answer says of its tokens is of use.
     pub(super) listens: bool,
     /// The worker is our own control thread.
@@ -78,12 +76,12 @@ pub(super) async fn attempt(
     client: &mut Client<'_>,
     account: &Account<'_>,
     worker: &Arc<Worker>,
+    in_flight: &mut InFlight,
     body: Body,
     manner: Manner,
     retries: &mut Retries<'_>,
 ) -> Attempted {
     let cx = client.cx;
-    let mut in_flight = InFlight::begin(worker.clone(), manner.demand);
     // what can't be sent again is not risked on a connection that may be stale; our own control thread closes none
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
     let may_rest = keeps || manner.ours && matches!(body, Body::Whole(_));
@@ -92,7 +90,7 @@ pub(super) async fn attempt(
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, &mut in_flight, &mut connection, body, manner, retries).await {
+    match run(client, account, worker, in_flight, &mut connection, body, manner, retries).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
                 cx.pool.put(worker, connection, cx.buffers.large());
@@ -151,7 +149,7 @@ async fn run(
     retries: &mut Retries<'_>,
 ) -> Ran {
     let framing = manner.framing;
-    let Client { cx, inbox, request, outlet, head, .. } = client;
+    let Client { cx, inbox, request, outlet, head, held, .. } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
     let prefix = worker.url().prefix();
@@ -250,6 +248,7 @@ async fn run(
     if let Some(body) = kept(sending.as_mut()) {
         cx.buffers.recycle(body);
     }
+    held.release();
     account.answered(counted);
     let closes = plan.closes;
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();

@@ -126,6 +126,7 @@ async fn read_framed(
             let most = if whole { TRUSTED_BYTES } else { LARGE_BYTES };
             let room = length.min(buffer.len().max(most));
             if buffer.len() + buffer.spare() < room {
+                client.hold(room)?;
                 let mut larger = Buffer::new(HEADROOM + client.received_head, room + TAILROOM);
                 larger.append(buffer.filled());
                 client.cx.buffers.recycle(std::mem::replace(&mut buffer, larger));
@@ -144,6 +145,7 @@ async fn read_framed(
                 }
                 buffer.limit_spare(left);
                 if buffer.spare() == 0 {
+                    client.hold(length.min(buffer.len() * 2))?;
                     buffer = grow(buffer, length + TAILROOM);
                     buffer.limit_spare(left);
                 }
@@ -170,6 +172,7 @@ async fn read_framed(
                 }
                 buffer.limit_spare(CHUNKED_BYTES);
                 if buffer.spare() == 0 {
+                    client.hold(buffer.len() * 2)?;
                     let most = usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(LARGE_BYTES);
                     buffer = grow(buffer, most);
                     buffer.limit_spare(CHUNKED_BYTES);

@@ -3,17 +3,19 @@
 use std::sync::Arc;
 
 use crate::{
+    admission::Room,
     proxy::{
         account::Account, body::Body, client::Client, context::Context, inspect::Inspected, serving::Serving,
     },
     routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Terms, Tried},
     vllm::Endpoint,
-    workers::{Demand, Fleet, Trial, Worker},
+    workers::{Demand, Fleet, InFlight, Trial, Worker},
 };
 
-/// Choices of one attempt at most. Each further one is made only because another shard was faster with the trial of
-/// a half-open breaker, which is then no candidate any more.
-const MAX_CHOICES: usize = 8;
+/// Choices of one attempt at most, besides one for each worker. Each further one is made only because another shard was
+/// faster with the last place on a worker, or with the trial of a half-open breaker, which are then no candidates
+/// any more.
+const MORE_CHOICES: usize = 8;
 
 /// What the choice of a worker may depend on.
 pub(super) struct Asked<'a> {
@@ -71,6 +73,18 @@ pub(super) struct Chosen<'a> {
     pub(super) unsent: bool,
     /// The breaker's leave, which is given back with the choice.
     _trial: Trial,
+    /// Its place among the worker's requests in flight.
+    pub(super) room: Room<'a>,
+}
+
+/// What came of choosing.
+pub(super) enum Choice<'a> {
+    /// A worker, and a place on it.
+    Of(Chosen<'a>),
+    /// Everybody who could be chosen has as many requests as it may.
+    Busy,
+    /// There is nobody left.
+    Nobody,
 }
 
 impl Drop for Chosen<'_> {
@@ -88,7 +102,8 @@ impl Drop for Chosen<'_> {
     }
 }
 
-/// Chooses a worker for the next attempt; `None`: there is nobody left.
+/// Chooses a worker for the next attempt. `room` is a place that was taken for it already: its worker is a candidate
+/// like the others that have room, and where another is chosen the place is given back.
 pub(super) fn choose<'a>(
     cx: &'a Context,
     account: &'a Account<'a>,
@@ -96,44 +111,65 @@ pub(super) fn choose<'a>(
     serving: &Serving<'_>,
     asked: &'a Asked<'a>,
     tried: &Tried,
-) -> Option<Chosen<'a>> {
-    let (worker, Selection { position, demand }, trial) = match serving {
-        Serving::Admin if tried.count() == 0 => (&cx.admin, Selection::of(0), Trial::unneeded()),
-        Serving::Admin => return None,
-        Serving::Workers { positions, .. } => {
-            let (selection, trial) = (0..MAX_CHOICES)
-                .find_map(|_| select(cx, fleet, positions, asked, tried).transpose())?
-                .ok()?;
-            (&fleet.workers[selection.position], selection, trial)
-        }
+    mut room: Option<Room<'a>>,
+) -> Choice<'a> {
+    let chosen = |position, demand, room: Room<'a>, trial| {
+        let worker = room.in_flight.worker().clone();
+        Choice::Of(Chosen {
+            cx,
+            asked,
+            account,
+            position,
+            worker,
+            demand,
+            unsent: false,
+            _trial: trial,
+            room,
+        })
     };
-    let worker = worker.clone();
-    Some(Chosen { cx, asked, account, position, worker, demand, unsent: false, _trial: trial })
-}
-
-/// One choice among these workers. `Err`: there is nobody; `Ok(None)`: the breaker of who was chosen has let
-/// somebody else through in the meantime.
-fn select(
-    cx: &Context,
-    fleet: &Fleet,
-    positions: &[usize],
-    asked: &Asked<'_>,
-    tried: &Tried,
-) -> Result<Option<(Selection, Trial)>, Nobody> {
-    let (now, random) = (cx.clock.now(), cx.random());
-    let mut scratch = cx.positions.borrow_mut();
-    let terms = Terms { now, random, ..cx.terms };
-    let candidates = Candidates::of(fleet, positions, tried, &terms, &mut scratch);
-    let input = RouteInput { random, now, session: asked.session, prompt: &asked.prompt };
-    let selection = cx.router.borrow_mut().choose(asked.model, &input, &candidates).ok_or(Nobody)?;
-    if !candidates.stand_in() {
-        return Ok(fleet.workers[selection.position].breaker().begin(now).map(|trial| (selection, trial)));
+    let positions = match serving {
+        Serving::Workers { positions, .. } => positions,
+        Serving::Admin if tried.count() == 0 => {
+            let in_flight = InFlight::begin(cx.admin.clone(), Demand::default());
+            return chosen(0, Demand::default(), Room::new(in_flight, None), Trial::unneeded());
+        }
+        Serving::Admin => return Choice::Nobody,
+    };
+    let position_of = |room: &Room<'_>| {
+        let its = room.in_flight.worker();
+        fleet.workers.iter().position(|worker| Arc::ptr_eq(worker, its))
+    };
+    for _ in 0..positions.len() + MORE_CHOICES {
+        let place = room.as_ref().and_then(position_of);
+        let (now, random) = (cx.clock.now(), cx.random());
+        let mut scratch = cx.positions.borrow_mut();
+        let terms = Terms { now, random, place, ..cx.terms };
+        let candidates = Candidates::of(fleet, positions, tried, &terms, &mut scratch);
+        let input = RouteInput { random, now, session: asked.session, prompt: &asked.prompt };
+        let (busy, stand_in) = (candidates.are_busy(), candidates.stand_in());
+        let Some(selection) = cx.router.borrow_mut().choose(asked.model, &input, &candidates) else {
+            return if busy { Choice::Busy } else { Choice::Nobody };
+        };
+        let Selection { position, demand } = selection;
+        let worker = &fleet.workers[position];
+        let begun = match room.take_if(|_| place == Some(position)) {
+            Some(mut room) => {
+                room.in_flight.asks(demand);
+                Some(room)
+            }
+            None => InFlight::try_begin(worker, demand).map(|begun| Room::new(begun, cx.admission())),
+        };
+        // who only stands in is not asked
+        let trial = if stand_in { Some(Trial::unneeded()) } else { worker.breaker().begin(now) };
+        if let (Some(begun), Some(trial)) = (begun, trial) {
+            if stand_in && tried.count() == 0 {
+                cx.metrics().chose_in_panic();
+            }
+            return chosen(position, demand, begun, trial);
+        }
+        // another shard was quicker: the choice comes to nothing, and this worker is no candidate now
+        let outcome = Outcome { worker, prompt: &asked.prompt, demand, usage: None };
+        cx.router.borrow_mut().ended(asked.model, &outcome);
     }
-    if tried.count() == 0 {
-        cx.metrics().chose_in_panic();
-    }
-    Ok(Some((selection, Trial::unneeded())))
+    Choice::Busy
 }
-
-/// There is nobody to choose.
-struct Nobody;

@@ -3,6 +3,7 @@
 use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use crate::{
+    admission::Held,
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
     net::{Buffer, Elapsed, ReadHalf, Watch, WriteHalf, contain, wake_later},
     proxy::{
@@ -51,6 +52,8 @@ pub(super) struct Client<'a> {
     pub(super) received_head: usize,
     /// The request's head as it goes to a worker.
     pub(super) head: Vec<u8>,
+    /// Memory for the request's body.
+    pub(super) held: Held<'a>,
 }
 
 /// The way to the client, and what is needed to write to it.
@@ -108,7 +111,8 @@ async fn connection(cx: &Context, reader: ReadHalf, writer: WriteHalf) {
 async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watch>) {
     let (request, answer, scratch, head) = Default::default();
     let outlet = Outlet { cx, writer, watch, answer, scratch };
-    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head };
+    let held = Held::nothing(&cx.body_budget);
+    let mut client = Client { cx, inbox, request, outlet, received_head: 0, head, held };
     loop {
         let after = match client.read_head().await {
             Ok(Some(rest)) => {
@@ -165,6 +169,7 @@ impl Client<'_> {
     fn shrink(&mut self) {
         self.request.reset();
         self.outlet.answer.reset();
+        self.held.release();
         for bytes in [&mut self.head, &mut self.outlet.scratch] {
             if bytes.capacity() > RETAINED_BYTES {
                 *bytes = Vec::new();

@@ -9,9 +9,10 @@ use std::{
 };
 
 use crate::{
+    admission::{self, Admission},
     base::{Clock, Date},
     net::{self, Buffer, ShardClock, Watches},
-    proxy::{Budget, RetrySettings, Settings},
+    proxy::{Budget, RetrySettings, Settings, admit::Entrance},
     routing::{Needs, Router, Shared, Terms},
     telemetry::{
         Resource,
@@ -55,11 +56,17 @@ pub struct Parts {
     /// Further attempts.
     pub retries: RetrySettings,
     /// The allowance of further attempts, one for all shards.
-    pub budget: Arc<Budget>,
+    pub retry_budget: Arc<Budget>,
     /// Connections to workers.
     pub upstream: upstream::Settings,
     /// TCP of the connections to workers.
     pub net: net::Settings,
+    /// How much is let in at a time.
+    pub admission: admission::Settings,
+    /// What shards let in together; `None`: there is no limit.
+    pub entrance: Option<Arc<Admission>>,
+    /// Memory for bodies, of all shards.
+    pub body_budget: Arc<admission::Budget>,
     /// The process's clock.
     pub clock: Clock,
     /// Where the newest fleet is.
@@ -84,13 +91,16 @@ pub struct Parts {
 pub struct Context {
     pub(super) settings: Settings,
     pub(super) retries: RetrySettings,
-    pub(super) budget: Arc<Budget>,
+    pub(super) retry_budget: Arc<Budget>,
     pub(super) clock: Rc<ShardClock>,
     pub(super) watches: Watches,
     pub(super) pool: Pool,
     pub(super) buffers: Buffers,
     pub(super) admin: Arc<Worker>,
     pub(super) fault: Option<fn(&str)>,
+    /// `None`: there is no limit, and everybody comes in.
+    pub(super) entrance: Option<Entrance>,
+    pub(super) body_budget: Arc<admission::Budget>,
     pub(super) router: RefCell<Router>,
     /// What the router has to know of a request.
     pub(super) needs: Needs,
@@ -114,6 +124,7 @@ impl Context {
     pub fn new(parts: Parts) -> Self {
         let clock = Rc::new(ShardClock::new(parts.clock));
         let router = Router::new(&parts.routing);
+        let entrance = |admission| Entrance::new(admission, &parts.admission);
         Self {
             pool: Pool::new(
                 &parts.upstream,
@@ -124,9 +135,11 @@ impl Context {
             ),
             watches: Watches::new(clock.clone()),
             clock,
+            entrance: parts.entrance.map(entrance),
+            body_budget: parts.body_budget,
             settings: parts.settings,
             retries: parts.retries,
-            budget: parts.budget,
+            retry_budget: parts.retry_budget,
             buffers: Buffers::default(),
             admin: parts.admin,
             fault: parts.fault,
@@ -161,6 +174,23 @@ impl Context {
     /// Where this shard counts.
     pub(super) fn metrics(&self) -> &ShardMetrics {
         self.metrics.shard(self.shard)
+    }
+
+    /// Position of this shard.
+    pub(super) fn shard(&self) -> usize {
+        self.shard
+    }
+
+    /// What shards let in together.
+    pub(super) fn admission(&self) -> Option<&Admission> {
+        self.entrance.as_ref().map(Entrance::admission)
+    }
+
+    /// The bell was rung: some of those who wait have been let in.
+    pub fn look(&self) {
+        if let Some(entrance) = &self.entrance {
+            entrance.look();
+        }
     }
 
     /// Chance (xorshift64).
@@ -254,6 +284,9 @@ impl Context {
         }
         self.watches.tick();
         self.pool.tick();
+        if let Some(entrance) = &self.entrance {
+            entrance.tick();
+        }
     }
 }
 
@@ -266,6 +299,13 @@ impl std::fmt::Debug for Context {
 /// A fleet that one shard holds. Exchanges count their use of it here: the fleet's own count would be a line
 /// that all shards write to with every request.
 pub(super) struct Snapshot(Arc<Fleet>);
+
+impl Snapshot {
+    /// The fleet for another thread. Its count is shared by all: only for who has to wait.
+    pub(super) fn shared(&self) -> Arc<Fleet> {
+        self.0.clone()
+    }
+}
 
 impl std::ops::Deref for Snapshot {
     type Target = Fleet;

@@ -8,9 +8,10 @@ use crate::{
     net::{Buffer, pause},
     proxy::{
         account::Account,
+        admit::{self, Claim, admit},
         attempt::{Attempted, Manner, attempt},
         body::{self, Body},
-        choice::{Asked, Chosen, choose},
+        choice::{Asked, Choice, Chosen, choose},
         client::{After, Client},
         context::Context,
         inspect::{Inspected, inspect},
@@ -46,6 +47,10 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         };
     }
 
+    if let Err(failure) = admit::before_body(client, endpoint) {
+        return refuse(client, &account, &failure).await;
+    }
+
     // 3. as much of the body as the way depends on, and what it says
     let (mut body, inspected) = match inspect(client, rest, endpoint, &fleet).await {
         Ok(inspected) => inspected,
@@ -61,33 +66,52 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         }
     };
     let asked = Asked::of(client, endpoint, &serving, &inspected, &mut body);
+    let claim = Claim::of(client, &inspected, &mut body);
     if let Serving::Workers { rename: Some(name), .. } = serving {
         inspected.rename(&mut body, name);
     }
     let framing = framing(client.request.framing(), &body);
 
+    let mut pass = match admit(client, endpoint, &fleet, &serving, claim).await {
+        Ok(pass) => pass,
+        Err(failure) => return refuse(client, &account, &failure).await,
+    };
+
     // 5. attempts, until one is answered
     let asked_for = repeatable(client, endpoint, &inspected);
-    let mut retries = Retries::new(&cx.retries, &cx.budget, &fleet, serving.positions(), asked_for);
+    let mut retries = Retries::new(&cx.retries, &cx.retry_budget, &fleet, serving.positions(), asked_for);
     let mut judge = Judge::new(&cx.clock);
     let mut fresh: Option<Chosen<'_>> = None;
     let mut last = Failure::NoWorker;
     loop {
         let on_fresh = fresh.is_some();
         let tried = retries.tried();
-        let chosen = fresh.take().or_else(|| choose(cx, &account, &fleet, &serving, &asked, tried));
-        let Some(mut chosen) = chosen else { return refuse(client, &account, &last).await };
+        let chosen = match fresh.take() {
+            Some(chosen) => Choice::Of(chosen),
+            None => choose(cx, &account, &fleet, &serving, &asked, tried, pass.take_room()),
+        };
+        let mut chosen = match chosen {
+            Choice::Of(chosen) => chosen,
+            Choice::Nobody => return refuse(client, &account, &last).await,
+            Choice::Busy => {
+                let waited = admit::wait_for_room(client, &mut pass, &fleet, &serving, tried, claim);
+                match Box::pin(waited).await {
+                    Ok(()) => continue,
+                    Err(failure) => return refuse(client, &account, &failure).await,
+                }
+            }
+        };
         retries.begin(chosen.position, on_fresh);
         let manner = Manner {
             framing,
             fresh: on_fresh,
             other_kinds: serving.has_other_kinds(),
-            demand: chosen.demand,
             listens: asked.listens,
             ours: matches!(serving, Serving::Admin),
         };
+        let in_flight = &mut chosen.room.in_flight;
         let (failure, kept) =
-            match attempt(client, &account, &chosen.worker, body, manner, &mut retries).await {
+            match attempt(client, &account, &chosen.worker, in_flight, body, manner, &mut retries).await {
                 Attempted::Answered(after) => {
                     match retries.take_passed() {
                         Some(failure) => judge.failed(&chosen.worker, &failure),
@@ -110,6 +134,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             Next::Another => {}
             Next::Fresh => {
                 cx.pool.forget(&chosen.worker);
+                chosen.room.in_flight.again();
                 fresh = Some(chosen);
             }
             Next::OtherKind => {
@@ -120,7 +145,9 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             Next::Again(pause_ms) => {
                 // its load is not there while it is waited for
                 drop(chosen);
-                pause(pause_ms).await;
+                if client.outlet.watch.limit(0, pause(pause_ms)).await.is_err() {
+                    return refuse(client, &account, &Failure::TotalTime).await;
+                }
             }
         }
         last = failure;

@@ -69,7 +69,10 @@ impl Need {
         let needs = client.cx.needs;
         match endpoint.treatment {
             Treatment::Route(ModelSource::Json) if matters || stateful => Self::Json { most: None },
-            Treatment::Route(ModelSource::Json) if needs.session || needs.prompt && endpoint.prefills => {
+            // who may have to wait does so by the priority that stands in it
+            Treatment::Route(ModelSource::Json)
+                if needs.session || needs.prompt && endpoint.prefills || client.cx.entrance.is_some() =>
+            {
                 let most = client.cx.settings.prompt_peek_bytes;
                 match client.request.framing() {
                     RequestFraming::Length(length) if length > most => Self::Nothing,

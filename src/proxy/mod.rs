@@ -4,6 +4,7 @@
 //! calls computes.
 
 mod account;
+mod admit;
 mod answer;
 mod attempt;
 mod body;

@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 
 use crate::{
+    admission::{Reason, Refused},
     base::Millis,
     http::RequestError,
     proxy::retry::Failure,
@@ -181,6 +182,7 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
         }
         Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
         Failure::ClientGone => return None,
+        Failure::NotAdmitted(refused, shape) => not_admitted(*refused, *shape),
         Failure::NoWorker | Failure::Connect(_) | Failure::NoSuchPath => {
             let mut answer = Answer::error(
                 503,
@@ -212,6 +214,24 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
             (Answer::error(502, &format!("The worker failed: {failure}.")), Refusal::BadAnswer)
         }
     })
+}
+
+/// vLLM's type of a plain HTTP error, whatever the form.
+fn not_admitted(refused: Refused, shape: ErrorShape) -> (Answer, Refusal) {
+    let Refused { reason, retry_after_secs } = refused;
+    let (status, refusal) = match reason {
+        Reason::RateLimit => (429, Refusal::RateLimit),
+        Reason::QueueFull => (429, Refusal::QueueFull),
+        Reason::QueueTimeout => (429, Refusal::QueueTimeout),
+        Reason::WorkersBusy => (503, Refusal::WorkersBusy),
+        Reason::WorkersTimeout => (503, Refusal::WorkersTimeout),
+        Reason::Memory => (503, Refusal::BodyMemory),
+    };
+    let message = format!("The request was not accepted, {reason}. Please try again later.");
+    let kind = errors::status_phrase(status);
+    let mut answer = Answer::json(status, errors::shaped(shape, &message, kind, None, status));
+    answer.retry_after_secs = Some(retry_after_secs);
+    (answer, refusal)
 }
 
 fn request(error: RequestError) -> (Answer, Refusal) {

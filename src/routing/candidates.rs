@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The workers that earlier attempts of an exchange have failed on.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 pub struct Tried(Vec<usize>);
 
 impl Tried {
@@ -44,12 +44,14 @@ pub struct Terms {
     pub slow_start_ms: u64,
     /// Whether the least bad stand in where nobody is left that should be used.
     pub panics: bool,
+    /// On the worker at this position the request has a place already, so that one has room.
+    pub place: Option<usize>,
 }
 
 impl Default for Terms {
     /// No slow start, and the least bad stand in.
     fn default() -> Self {
-        Self { now: 0, random: 0, slow_start_ms: 0, panics: true }
+        Self { now: 0, random: 0, slow_start_ms: 0, panics: true, place: None }
     }
 }
 
@@ -61,6 +63,8 @@ pub struct Candidates<'a> {
     positions: &'a [usize],
     /// Whether they only stand in.
     stand_in: bool,
+    /// There would be candidates if they had not as many requests as they may.
+    busy: bool,
 }
 
 /// Requests that wait in a worker from which on it is saturated, where its `/metrics` tell.
@@ -77,12 +81,14 @@ impl<'a> Candidates<'a> {
     /// lets requests through, and who are awake; where none is left, those of them that were ejected for their probes.
     /// Where none of these is left either, the least bad stand in, unless the terms forbid it: who is up with an open
     /// breaker, then whoever is down. So the last worker is never taken out, and a wrong verdict about all of them
-    /// costs one refused connect. Who sleeps or is paused
-    /// never stands in: it would let the request wait for ever.
+    /// costs one refused connect. Who sleeps or is paused never stands in: it would let the request wait for ever.
+    ///
+    /// Who has as many requests as it may is left out in any case: if all have there is no candidate, and
+    /// [`Candidates::are_busy`].
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
     /// one. Where everybody is saturated it is the highest priority again, and load decides. A worker is saturated
-    /// when as many requests are in flight as it should have at most; where that is not told, when 8 requests
+    /// when as many requests are in flight as it may have, others' included; where that is not told, when 8 requests
     /// wait in it; where neither is, when 256 are in flight.
     ///
     /// Of these a worker that came up lately is left out of some choices, ever fewer of them while it warms up, and
@@ -111,16 +117,24 @@ impl<'a> Candidates<'a> {
                 scratch.extend(awake());
             }
         }
-        first_choice(workers, scratch);
+        let before = scratch.len();
+        scratch.retain(|&position| !workers[position].is_full() || terms.place == Some(position));
+        let busy = before > 0 && scratch.is_empty();
+        first_choice(workers, terms.place, scratch);
         if terms.slow_start_ms > 0 && fleet.has_newcomers(terms.now, terms.slow_start_ms) {
             warm_up(workers, scratch, terms);
         }
-        Self { workers, positions: scratch, stand_in }
+        Self { workers, positions: scratch, stand_in, busy }
     }
 
     /// Whether they only stand in for those that should be used, of whom none is left: their breakers have no say.
     pub fn stand_in(&self) -> bool {
         self.stand_in
+    }
+
+    /// Whether there is nobody to choose only because everybody has as many requests as it may.
+    pub fn are_busy(&self) -> bool {
+        self.busy
     }
 
     /// The candidates with their positions in the fleet, ascending.
@@ -180,14 +194,15 @@ fn chance(random: u64, position: usize) -> f64 {
 }
 
 /// Leaves those of the highest priority of which not all are saturated; if all are, those of the highest.
-fn first_choice(workers: &[Arc<Worker>], positions: &mut Vec<usize>) {
+fn first_choice(workers: &[Arc<Worker>], place: Option<usize>, positions: &mut Vec<usize>) {
     let priority = |position: usize| workers[position].traits().priority;
     let Some(highest) = positions.iter().copied().map(priority).max() else { return };
     if positions.iter().all(|&position| priority(position) == highest) {
         return;
     }
     // that of the first worker which is not saturated, by priority
-    let free = positions.iter().copied().filter(|&position| !saturated(&workers[position]));
+    let has_room = |position: usize| place == Some(position) || !saturated(&workers[position]);
+    let free = positions.iter().copied().filter(|&position| has_room(position));
     let level = free.map(priority).max().unwrap_or(highest);
     positions.retain(|&position| priority(position) == level);
 }
@@ -359,13 +374,64 @@ mod tests {
         let none = Tried::none();
         assert_eq!(positions(&fleet, &none), [1, 2]);
         let _one = begin(&fleet, 1, 2);
-        assert_eq!(positions(&fleet, &none), [1, 2], "the other is not saturated");
+        assert_eq!(positions(&fleet, &none), [2], "the other is not saturated");
         let other = begin(&fleet, 2, 2);
         assert_eq!(positions(&fleet, &none), [0, 3]);
         let _low = (begin(&fleet, 0, 256), begin(&fleet, 3, 256));
-        assert_eq!(positions(&fleet, &none), [1, 2], "load decides where all are saturated");
+        assert_eq!(positions(&fleet, &none), [0, 3], "who has as many as it may gets no more");
         drop(other);
-        assert_eq!(positions(&fleet, &none), [1, 2]);
+        assert_eq!(positions(&fleet, &none), [2]);
+    }
+
+    #[test]
+    fn a_place_on_a_worker_of_high_priority_is_not_given_away() {
+        let fleet = two_levels();
+        let (_one, _other) = (begin(&fleet, 1, 2), begin(&fleet, 2, 2));
+        let mut scratch = Vec::new();
+        let all = Candidates::of(
+            &fleet,
+            &[0, 1, 2, 3],
+            &Tried::none(),
+            &Terms { place: Some(2), ..Terms::default() },
+            &mut scratch,
+        );
+        assert_eq!(all.positions(), [2]);
+    }
+
+    #[test]
+    fn load_decides_where_all_are_saturated_that_have_no_limit() {
+        let level = |priority| Traits { priority, ..Traits::default() };
+        let fleet = fleet_of(&[level(0), level(1)]);
+        let _all = (begin(&fleet, 0, 256), begin(&fleet, 1, 256));
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+    }
+
+    #[test]
+    fn where_all_have_as_many_as_they_may_there_is_nobody_until_one_ends() {
+        let limited = Traits { max_concurrent_requests: Some(1), ..Traits::default() };
+        let fleet = fleet_of(&[limited.clone(), limited]);
+        let mut scratch = Vec::new();
+        let one = begin(&fleet, 0, 1);
+        assert_eq!(positions(&fleet, &Tried::none()), [1]);
+        let _other = begin(&fleet, 1, 1);
+        let all = Candidates::of(&fleet, &[0, 1], &Tried::none(), &Terms::default(), &mut scratch);
+        assert!(all.is_empty() && all.are_busy());
+        let mut with_place = |place| {
+            let all = Candidates::of(
+                &fleet,
+                &[0, 1],
+                &Tried::none(),
+                &Terms { place: Some(place), ..Terms::default() },
+                &mut scratch,
+            );
+            (all.positions().to_vec(), all.are_busy())
+        };
+        assert_eq!(with_place(1), (vec![1], false), "its place is taken for it");
+        drop(one);
+        assert_eq!(with_place(1), (vec![0, 1], false), "and the policy may choose another");
+        assert_eq!(positions(&fleet, &Tried::none()), [0]);
+        let nobody = Candidates::of(&fleet, &[], &Tried::none(), &Terms::default(), &mut scratch);
+        assert!(nobody.is_empty() && !nobody.are_busy());
     }
 
     #[test]

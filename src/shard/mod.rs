@@ -18,7 +18,9 @@ use std::{
 };
 
 use crate::{
-    net::{Driver, Listener, ReadHalf, Reserve, Runtime, TICK_MS, WriteHalf, accept_from, pause, spawn},
+    net::{
+        Bell, Driver, Listener, ReadHalf, Reserve, Runtime, TICK_MS, WriteHalf, accept_from, pause, spawn,
+    },
     proxy::{Context, Parts, serve, shed},
     telemetry::metrics::Shed,
 };
@@ -75,6 +77,7 @@ pub fn run(
     driver: Driver,
     listener: std::net::TcpListener,
     parts: Parts,
+    bell: Option<Bell>,
     orders: Arc<Orders>,
     on_tick: Option<fn()>,
 ) -> io::Result<()> {
@@ -83,6 +86,9 @@ pub fn run(
         let listener = Rc::new(accept_from(listener, driver)?);
         let door = Rc::new(Door::new(orders.clone()));
         spawn(accept(listener.clone(), cx.clone(), door.clone()));
+        if let Some(bell) = bell {
+            spawn(hear(bell, driver, cx.clone()));
+        }
         while !orders.drain.load(Ordering::Relaxed) {
             if let Some(fault) = on_tick {
                 fault();
@@ -189,6 +195,14 @@ async fn farewell(cx: Rc<Context>, reader: ReadHalf, writer: WriteHalf, running:
     running.set(running.get() + 1);
     shed(&cx, reader, writer, Shed::Limit).await;
     running.set(running.get() - 1);
+}
+
+/// Looks who of those that wait has been let in, whenever another shard says so.
+async fn hear(bell: Bell, driver: Driver, cx: Rc<Context>) {
+    if let Err(error) = bell.listen(driver, || cx.look()).await {
+        // every tick looks too
+        tracing::error!(%error, "the bell of a shard is broken: requests that wait are let in late");
+    }
 }
 
 /// Builds the calling thread's runtime over `driver`, on core `core` if that is given.

@@ -79,15 +79,49 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// Counts one request more on `worker`; its work is queued there from now on.
+    /// Counts one request more on `worker`, whatever its limit; its work is queued there from now on.
     pub fn begin(worker: Arc<Worker>, demand: Demand) -> Self {
-        let cells = worker.cells();
-        cells.in_flight.fetch_add(1, Ordering::Relaxed);
-        if demand.work_tokens > 0 {
-            cells.queued_tokens.fetch_add(demand.work_tokens, Ordering::Relaxed);
+        worker.cells().in_flight.fetch_add(1, Ordering::Relaxed);
+        let mut begun = Self { worker, demand: Demand::default(), decoding: false };
+        begun.asks(demand);
+        begun
+    }
+
+    /// As [`InFlight::begin`], if `worker` has room for one more: never is a request of this kind one too many,
+    /// however many shards try.
+    pub fn try_begin(worker: &Arc<Worker>, demand: Demand) -> Option<Self> {
+        if worker.traits().max_concurrent_requests.is_none() {
+            return Some(Self::begin(worker.clone(), demand));
         }
-        worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
-        Self { worker, demand, decoding: false }
+        let mut begun = Self::reserve(worker)?;
+        begun.asks(demand);
+        Some(begun)
+    }
+
+    /// Takes a place on `worker` for a request of which it is not known yet what it asks, if there is room for one
+    /// more.
+    pub fn reserve(worker: &Arc<Worker>) -> Option<Self> {
+        let most = worker.traits().max_concurrent_requests.unwrap_or(u32::MAX);
+        let one_more = |count: u32| (count < most).then(|| count + 1);
+        let cells = worker.cells();
+        // both orders are for those who wait for room: see `admission`
+        cells.in_flight.fetch_update(Ordering::SeqCst, Ordering::Relaxed, one_more).ok()?;
+        Some(Self { worker: worker.clone(), demand: Demand::default(), decoding: false })
+    }
+
+    /// Says what a request asks that has a place already, before it is sent; once.
+    pub fn asks(&mut self, demand: Demand) {
+        debug_assert_eq!(self.demand, Demand::default(), "a request says once what it asks");
+        if demand.work_tokens > 0 {
+            self.worker.cells().queued_tokens.fetch_add(demand.work_tokens, Ordering::Relaxed);
+        }
+        self.worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
+        self.demand = demand;
+    }
+
+    /// It is sent to the same worker once more.
+    pub fn again(&self) {
+        self.worker.counters().attempts.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The first token has come: its prompt is not queued any more. Further calls do nothing.
@@ -147,6 +181,44 @@ mod tests {
         drop(one);
         assert_eq!(worker.load(), Load { in_flight: 1, queued_tokens: 0, decode_tokens: 100 });
         drop(two);
+        assert_eq!(worker.load(), Load::default());
+    }
+
+    #[test]
+    fn a_limit_holds_however_many_threads_try() {
+        let spec = "http://a:1#max_concurrent_requests=3".parse().unwrap();
+        let worker = Arc::new(Worker::new(0, spec));
+        let begun = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        let Some(_in_flight) = InFlight::try_begin(&worker, DEMAND) else { continue };
+                        begun.fetch_add(1, Ordering::Relaxed);
+                        assert!(worker.in_flight() <= 3, "{}", worker.in_flight());
+                    }
+                });
+            }
+        });
+        assert!(begun.into_inner() >= 2000, "one thread alone always has room");
+        assert_eq!(worker.load(), Load::default());
+        let places: Vec<_> = (0..5).filter_map(|_| InFlight::reserve(&worker)).collect();
+        assert_eq!((places.len(), worker.is_full()), (3, true));
+        assert!(InFlight::try_begin(&worker, DEMAND).is_none());
+        let _forced = InFlight::begin(worker.clone(), DEMAND);
+        assert_eq!(worker.in_flight(), 4, "what has to go to this worker goes");
+    }
+
+    #[test]
+    fn what_a_place_is_taken_for_is_said_later() {
+        let worker = Arc::new(Worker::new(0, "http://a:1".parse().unwrap()));
+        let mut place = InFlight::reserve(&worker).unwrap();
+        assert_eq!(worker.load(), Load { in_flight: 1, ..Load::default() });
+        assert_eq!(worker.counters().attempts.load(Ordering::Relaxed), 0);
+        place.asks(DEMAND);
+        assert_eq!(worker.load(), Load { in_flight: 1, queued_tokens: 30, decode_tokens: 0 });
+        assert_eq!(worker.counters().attempts.load(Ordering::Relaxed), 1);
+        drop(place);
         assert_eq!(worker.load(), Load::default());
     }
 

@@ -12,7 +12,7 @@ pub struct Traits {
     /// Relative price of a request: a worker that costs 2 is given half of what one that costs 1 is given.
     /// Greater than 0.
     pub cost: f64,
-    /// Requests that it should have in flight at most; `None`: not told.
+    /// Requests of ours that it may have in flight at most; `None`: no limit.
     pub max_concurrent_requests: Option<u32>,
 }
 

@@ -359,6 +359,11 @@ impl Worker {
         self.load.0.in_flight()
     }
 
+    /// Whether as many of our requests run on it as may at a time.
+    pub fn is_full(&self) -> bool {
+        self.traits().max_concurrent_requests.is_some_and(|most| self.in_flight() >= most)
+    }
+
     /// What runs on it now.
     pub fn load(&self) -> Load {
         let own = self.load.0.load();

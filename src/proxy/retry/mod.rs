@@ -5,6 +5,7 @@ use std::io;
 use thiserror::Error;
 
 use crate::{
+    admission::Refused,
     base::Millis,
     http::{RequestError, ResponseError, ResponseHead},
     proxy::{
@@ -14,7 +15,7 @@ use crate::{
     },
     routing::Tried,
     telemetry::{Resource, metrics::Retry},
-    vllm::{self, Unbegun},
+    vllm::{self, ErrorShape, Unbegun},
     workers::{Fleet, Resolved, Worker},
 };
 
@@ -39,6 +40,9 @@ pub(super) enum Failure {
     /// The client closed its connection.
     #[error("the client went away")]
     ClientGone,
+    /// Too much is going on: it is not let in. With the form of its endpoint's errors.
+    #[error("{0}")]
+    NotAdmitted(Refused, ErrorShape),
     /// There is no worker to try.
     #[error("no worker is up")]
     NoWorker,
@@ -129,6 +133,7 @@ impl Failure {
             | Self::BodyTooLarge { .. }
             | Self::Late
             | Self::ClientGone
+            | Self::NotAdmitted(..)
             | Self::NoWorker
             | Self::BadAnswer(_)
             | Self::AnswerBody

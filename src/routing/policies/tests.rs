@@ -259,16 +259,18 @@ fn simulate(name: &str, seed: u64) {
                 let session = [None, Some(draw(5) as u64)][draw(2)];
                 let all: Vec<usize> = (0..count).collect();
                 let mut scratch = Vec::new();
-                let allowed = among(&bed.fleet, &all, &mut scratch).positions().to_vec();
+                let candidates = among(&bed.fleet, &all, &mut scratch);
+                let (allowed, busy) = (candidates.positions().to_vec(), candidates.are_busy());
                 let chosen = bed.selected(session).map(|selection| selection.position);
                 let all_rest = bed.fleet.workers.iter().all(|worker| worker.rests());
-                assert_eq!(chosen.is_none(), all_rest, "{name}, seed {seed}, step {step}");
+                assert_eq!(chosen.is_none(), all_rest || busy, "{name}, seed {seed}, step {step}");
                 let Some(chosen) = chosen else { continue };
                 assert!(
                     allowed.contains(&chosen),
                     "{name}, seed {seed}, step {step}: {chosen} of {allowed:?}"
                 );
                 choices += 1;
+                assert!(!bed.fleet.workers[chosen].is_full(), "{name}, seed {seed}, step {step}");
                 running.push(bed.begin(chosen));
             }
         }

@@ -1,6 +1,6 @@
 //! Every metric that `/metrics` shows, a row each.
 
-use std::fmt;
+use std::{fmt, sync::OnceLock};
 
 use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeGaugeValue, MetricEncoder, NoLabelSet},
@@ -8,8 +8,8 @@ use prometheus_client::{
 };
 
 use super::{
-    AcceptError, Break, Ejection, ProbeVerdict, Refusal, Retry, Scrape, Shed, StatusClass,
-    TTFB_BUCKETS_MICROS, WorkerSample,
+    AcceptError, Break, Ejection, ProbeVerdict, Reader, Refusal, Retry, Scrape, ShardMetrics, Shed,
+    StatusClass, TTFB_BUCKETS_MICROS, WorkerSample,
 };
 use crate::telemetry::Resource;
 
@@ -177,7 +177,9 @@ pub const CATALOGUE: &[Row] = &[
         name: "vllm_proxy_time_to_first_byte_seconds",
         help: "Time from a request's first byte to its answer's first byte",
         kind: Kind::Histogram,
-        values: Values::Labelled(time_to_first_byte),
+        values: Values::Labelled(|scrape, metric| {
+            histogram(scrape, metric, ShardMetrics::ttfb_bucket, ShardMetrics::ttfb_sum_micros)
+        }),
     },
     Row {
         name: "vllm_proxy_retries",
@@ -236,6 +238,32 @@ pub const CATALOGUE: &[Row] = &[
         }),
     },
     Row {
+        name: "vllm_proxy_queue_depth",
+        help: "Requests that wait to be let in now",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| told(&scrape.metrics.queue_depth)),
+    },
+    Row {
+        name: "vllm_proxy_slots_in_use",
+        help: "Requests that hold one of --max-concurrent-requests now",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| told(&scrape.metrics.slots_in_use)),
+    },
+    Row {
+        name: "vllm_proxy_queue_wait_seconds",
+        help: "Time that requests which had to wait to be let in have waited, until then or until they went",
+        kind: Kind::Histogram,
+        values: Values::Labelled(|scrape, metric| {
+            histogram(scrape, metric, ShardMetrics::queue_bucket, ShardMetrics::queue_sum_micros)
+        }),
+    },
+    Row {
+        name: "vllm_proxy_body_memory_bytes",
+        help: "Bytes of request bodies in memory now, those up to 64 KiB not counted",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| told(&scrape.metrics.body_bytes)),
+    },
+    Row {
         name: "vllm_proxy_panics",
         help: "Tasks that panicked; each cost its connection",
         kind: Kind::Counter,
@@ -245,7 +273,7 @@ pub const CATALOGUE: &[Row] = &[
         name: "vllm_proxy_dropped_log_lines",
         help: "Log lines dropped because their queue was full",
         kind: Kind::Counter,
-        values: Values::One(|scrape| scrape.metrics.dropped_lines.get().map_or(0, |read| read())),
+        values: Values::One(|scrape| told(&scrape.metrics.dropped_lines)),
     },
     Row {
         name: "vllm_proxy_worker_health",
@@ -485,14 +513,25 @@ fn requests(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {
     Ok(())
 }
 
-fn time_to_first_byte(scrape: &Scrape, metric: &mut MetricEncoder<'_>) -> fmt::Result {
+/// What somebody else counts; 0 until it was said who.
+fn told(reader: &OnceLock<Reader>) -> u64 {
+    reader.get().map_or(0, |read| read())
+}
+
+/// A distribution over the buckets of [`TTFB_BUCKETS_MICROS`].
+fn histogram(
+    scrape: &Scrape,
+    metric: &mut MetricEncoder<'_>,
+    bucket: fn(&ShardMetrics, usize) -> u64,
+    sum_micros: fn(&ShardMetrics) -> u64,
+) -> fmt::Result {
     let bounds = TTFB_BUCKETS_MICROS.iter().map(|micros| seconds(*micros)).chain([f64::INFINITY]);
     let buckets: Vec<(f64, u64)> = bounds
         .enumerate()
-        .map(|(at, bound)| (bound, scrape.metrics.sum(|shard| shard.ttfb_bucket(at))))
+        .map(|(at, bound)| (bound, scrape.metrics.sum(|shard| bucket(shard, at))))
         .collect();
     let count = buckets.iter().map(|(_, count)| count).sum();
-    let sum = seconds(scrape.metrics.sum(|shard| shard.ttfb_sum_micros()));
+    let sum = seconds(scrape.metrics.sum(sum_micros));
     metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 

@@ -72,6 +72,12 @@ pub struct Metrics {
     /// Names of the policies, in the order of their table, and whether each is in use.
     policies: OnceLock<Vec<(&'static str, bool)>>,
     dropped_lines: OnceLock<Reader>,
+    /// Requests that wait to be let in.
+    queue_depth: OnceLock<Reader>,
+    /// Slots in use.
+    slots_in_use: OnceLock<Reader>,
+    /// Bytes of request bodies in memory.
+    body_bytes: OnceLock<Reader>,
     open_files: OnceLock<OpenFiles>,
     shortages: Shortages,
 }
@@ -163,6 +169,9 @@ impl Metrics {
             dropped_lines: OnceLock::new(),
             open_files: OnceLock::new(),
             shortages: Shortages::default(),
+            queue_depth: OnceLock::new(),
+            slots_in_use: OnceLock::new(),
+            body_bytes: OnceLock::new(),
         }
     }
 
@@ -213,6 +222,21 @@ impl Metrics {
     /// Connections of clients that are open, on all shards.
     pub fn connections_open(&self) -> u64 {
         self.sum(|shard| shard.connections_open())
+    }
+
+    /// Says once how the number of requests that wait to be let in is read, and that of those who hold a slot.
+    pub fn set_admission(
+        &self,
+        waiting: impl Fn() -> u64 + Send + Sync + 'static,
+        in_use: impl Fn() -> u64 + Send + Sync + 'static,
+    ) {
+        self.queue_depth.get_or_init(|| Box::new(waiting));
+        self.slots_in_use.get_or_init(|| Box::new(in_use));
+    }
+
+    /// Says once how the bytes of request bodies in memory are read.
+    pub fn set_body_bytes(&self, read: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.body_bytes.get_or_init(|| Box::new(read));
     }
 
     /// The text of a scrape; of the workers it says what `workers` holds.
@@ -407,6 +431,9 @@ mod tests {
         let metrics = metrics();
         metrics.set_io_backend("epoll");
         metrics.set_dropped_lines(|| 7);
+        metrics.set_admission(|| 8, || 9);
+        metrics.set_body_bytes(|| 10);
+        metrics.shard(1).queued(30_000);
         let text = metrics
             .encode(Exposition::OpenMetrics, vec![sample("http://a:8000"), sample("http://b:8000")])
             .unwrap();
@@ -448,6 +475,12 @@ mod tests {
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"epoll\"}"), "1");
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"io_uring\"}"), "0");
         assert_eq!(value(&text, "vllm_proxy_dropped_log_lines_total"), "7");
+        assert_eq!(value(&text, "vllm_proxy_queue_depth"), "8");
+        assert_eq!(value(&text, "vllm_proxy_slots_in_use"), "9");
+        assert_eq!(value(&text, "vllm_proxy_body_memory_bytes"), "10");
+        assert_eq!(value(&text, "vllm_proxy_queue_wait_seconds_sum"), "0.03");
+        assert_eq!(value(&text, "vllm_proxy_queue_wait_seconds_bucket{le=\"0.02\"}"), "0");
+        assert_eq!(value(&text, "vllm_proxy_queue_wait_seconds_bucket{le=\"0.04\"}"), "1");
     }
 
     #[test]

@@ -155,6 +155,18 @@ labels! {
         Draining = "draining",
         /// A limit of ours on connections or memory (429, 503).
         Overload = "overload",
+        /// More requests a second than are let in (429).
+        RateLimit = "rate_limit",
+        /// All slots are in use, and as many requests wait as may (429).
+        QueueFull = "queue_full",
+        /// Waited for a slot for too long (429).
+        QueueTimeout = "queue_timeout",
+        /// All workers of the model have as many requests as they may, and as many wait as may (503).
+        WorkersBusy = "workers_busy",
+        /// Waited for one of these for too long (503).
+        WorkersTimeout = "workers_timeout",
+        /// The memory for request bodies is used up (503).
+        BodyMemory = "body_memory",
     }
 }
 
@@ -230,6 +242,9 @@ pub struct ShardMetrics {
     /// Indexed like [`TTFB_BUCKETS_MICROS`], and what is above all of them last. Not cumulative.
     ttfb: [AtomicU64; TTFB_BUCKETS_MICROS.len() + 1],
     ttfb_sum_micros: AtomicU64,
+    /// As `ttfb`: the time that requests waited to be let in.
+    queue: [AtomicU64; TTFB_BUCKETS_MICROS.len() + 1],
+    queue_sum_micros: AtomicU64,
     retries: [AtomicU64; Retry::ALL.len()],
     retries_exhausted: [AtomicU64; Retry::ALL.len()],
     retries_over_budget: AtomicU64,
@@ -272,6 +287,8 @@ impl ShardMetrics {
             sent_bytes: AtomicU64::new(0),
             ttfb: zeros(),
             ttfb_sum_micros: AtomicU64::new(0),
+            queue: zeros(),
+            queue_sum_micros: AtomicU64::new(0),
             retries: zeros(),
             retries_exhausted: zeros(),
             retries_over_budget: AtomicU64::new(0),
@@ -317,6 +334,12 @@ impl ShardMetrics {
             add(&self.ttfb[TTFB_BUCKETS_MICROS.partition_point(|bound| *bound < micros)], 1);
             add(&self.ttfb_sum_micros, micros);
         }
+    }
+
+    /// A request has waited so long to be let in, whether it was or not.
+    pub fn queued(&self, micros: u64) {
+        add(&self.queue[TTFB_BUCKETS_MICROS.partition_point(|bound| *bound < micros)], 1);
+        add(&self.queue_sum_micros, micros);
     }
 
     /// Bytes were received from a client.
@@ -423,6 +446,14 @@ impl ShardMetrics {
 
     pub(super) fn ttfb_sum_micros(&self) -> u64 {
         read(&self.ttfb_sum_micros)
+    }
+
+    pub(super) fn queue_bucket(&self, bucket: usize) -> u64 {
+        read(&self.queue[bucket])
+    }
+
+    pub(super) fn queue_sum_micros(&self) -> u64 {
+        read(&self.queue_sum_micros)
     }
 
     pub(super) fn retries(&self, reason: Retry) -> u64 {
