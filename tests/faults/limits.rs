@@ -17,7 +17,7 @@ use crate::support::{
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// Longer than the limits of these tests, which are of a second.
+/// Longer than the limits of these tests, which are of a second or two.
 const LONGER: Duration = Duration::from_millis(2500);
 
 fn count(proxy: &Proxy, metric: &str, reason: &str) -> f64 {
@@ -134,7 +134,7 @@ variants! {
             dripping = dripping.send(sse_event(&number.to_string())).pause(Duration::from_millis(100));
         }
         let worker = worker().on("/held", script().wait(&held)).on("/v1/completions", dripping).on("/early", script().early().wait(&gate)).start();
-        let proxy = proxy(v).worker(&worker).arg("--request-timeout-secs", "1").start();
+        let proxy = proxy(v).worker(&worker).arg("--request-timeout-secs", "2").start();
         let mut client = proxy.client();
         for _ in 0..2 {
             assert_504(&client.post("/held", "{}"));
@@ -183,7 +183,7 @@ variants! {
 
     fn c12_a_slow_reader_that_takes_a_little_now_and_then_is_not_cut(v: Variant) {
         let worker = worker().on("/big", script().send(flood_head()).flood(MUCH)).start();
-        let proxy = proxy(v).worker(&worker).arg("--write-timeout-secs", "1").start();
+        let proxy = proxy(v).worker(&worker).arg("--write-timeout-secs", "2").start();
         let mut slow = Client::connect_with_small_buffer(proxy.addr(), 16 << 10);
         slow.send(client::request("GET", "/big", "", b""));
         slow.read_until("\r\n\r\n");
