@@ -149,7 +149,7 @@ impl Context {
         (self.random() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// Whether a shortage may be logged now: once in [`WARN_MS`] is enough, however many requests meet it.
+    /// Whether a shortage may be logged now: once in `WARN_MS` is enough, however many requests meet it.
     pub(super) fn may_warn(&self) -> bool {
         let now = self.clock.now();
         let may = self.warned.get().is_none_or(|at| now.saturating_sub(at) >= WARN_MS);

@@ -12,6 +12,7 @@ mod choice;
 mod client;
 mod context;
 mod exchange;
+mod failure;
 mod inbox;
 mod inspect;
 mod judge;
