@@ -13,6 +13,7 @@ mod choice;
 mod client;
 mod context;
 mod exchange;
+mod failure;
 mod inbox;
 mod inspect;
 mod judge;

@@ -1,205 +1,20 @@
-//! What can go wrong with an exchange, and whether another attempt is made: decided here and nowhere else.
-
-use std::io;
-
-use thiserror::Error;
+//! Whether another attempt is made: decided here and nowhere else.
 
 use crate::{
-    admission::Refused,
     base::Millis,
-    http::{RequestError, ResponseError, ResponseHead},
+    http::ResponseHead,
     proxy::{
         RetrySettings,
         budget::{Budget, Spent},
         context::Context,
     },
     routing::Tried,
-    telemetry::{Resource, metrics::Retry},
-    vllm::{self, ErrorShape, Unbegun},
+    telemetry::metrics::Retry,
+    vllm::{self, Unbegun},
     workers::{Fleet, Resolved, Worker},
 };
 
-/// Why an exchange, or one attempt of it, failed.
-#[derive(Debug, Error)]
-pub(super) enum Failure {
-    /// The client's bytes are no legal request.
-    #[error("{0}")]
-    Request(#[from] RequestError),
-    /// The framing of the request's body is broken.
-    #[error("the chunked coding of the request body is broken")]
-    RequestBody,
-    /// The request's body is larger than `--max-body-bytes`.
-    #[error("the request body is larger than {limit} bytes")]
-    BodyTooLarge {
-        /// What is allowed, in bytes.
-        limit: u64,
-    },
-    /// The head or the body of the request did not come in time.
-    #[error("the request did not arrive in time")]
-    Late,
-    /// The client closed its connection.
-    #[error("the client went away")]
-    ClientGone,
-    /// Too much is going on: it is not let in. With the form of its endpoint's errors.
-    #[error("{0}")]
-    NotAdmitted(Refused, ErrorShape),
-    /// There is no worker to try.
-    #[error("no worker is up")]
-    NoWorker,
-    /// The worker could not be connected to.
-    #[error("cannot connect: {0}")]
-    Connect(io::Error),
-    /// The connection ended or broke before the first byte of an answer.
-    #[error("the connection ended before an answer came")]
-    NoAnswer {
-        /// Whether an exchange had ended on this connection before.
-        reused: bool,
-    },
-    /// The head of the answer did not come within `--response-timeout-secs`.
-    #[error("the answer did not begin in time")]
-    NoHead,
-    /// The worker did not read the request for `--worker-write-timeout-secs`.
-    #[error("the request was not read")]
-    Unread,
-    /// `--request-timeout-secs` are over.
-    #[error("the request took too long")]
-    TotalTime,
-    /// The answer is no legal HTTP/1.1.
-    #[error("the answer is not legal HTTP: {0}")]
-    BadAnswer(ResponseError),
-    /// The answer's head broke off.
-    #[error("the answer broke off within its head")]
-    AnswerCut,
-    /// The framing of the answer's body is broken, and was so before any of it was passed on.
-    #[error("the chunked coding of the answer is broken")]
-    AnswerBody,
-    /// The worker does not have the path, and there are workers of other kinds.
-    #[error("the worker does not have the path")]
-    NoSuchPath,
-    /// An answer that nobody asked for: 101 without an upgrade, or a flood of interim answers.
-    #[error("the answer is out of place: {0}")]
-    Unexpected(&'static str),
-    /// The worker has too much to do and has done nothing: 429, or vLLM's own 503.
-    #[error("the worker is busy")]
-    Busy(Refusing),
-    /// A status of `--retry-statuses`.
-    #[error("the worker answered {}", .0.status)]
-    Status(Refusing),
-    /// vLLM's 500, or first event, of a server whose engine is dead.
-    #[error("the worker's engine is dead")]
-    EngineDead,
-    /// 404 for a model that the worker has listed.
-    #[error("the worker has lost the model")]
-    ModelLost,
-    /// A 200 that is no answer.
-    #[error("the answer is none: {0}")]
-    Unbegun(Unbegun),
-    /// A whole answer that the worker has broken off (`finish_reason: "abort"`).
-    #[error("the worker aborted the request")]
-    Aborted,
-}
-
-/// An answer by which a worker refuses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Refusing {
-    pub(super) status: u16,
-    /// How long the worker wants to be left alone, in seconds.
-    pub(super) retry_after_secs: Option<u64>,
-}
-
-impl Failure {
-    /// What another attempt after it is counted as; `None`: there never is one.
-    pub(super) fn reason(&self) -> Option<Retry> {
-        Some(match self {
-            // nor would there be a descriptor, or memory, for a connection to another worker
-            Self::Connect(error)
-                if matches!(Resource::of(error), Some(Resource::Descriptors | Resource::Memory)) =>
-            {
-                return None;
-            }
-            Self::Connect(_) => Retry::Refused,
-            Self::NoAnswer { reused: true } => Retry::StaleConnection,
-            Self::NoAnswer { reused: false } | Self::AnswerCut => Retry::ConnectionLost,
-            Self::NoSuchPath => Retry::OtherKind,
-            Self::Busy(_) => Retry::Busy,
-            Self::Status(_) => Retry::Status,
-            Self::EngineDead | Self::Unbegun(Unbegun::EngineDead) => Retry::EngineDead,
-            Self::ModelLost => Retry::ModelLost,
-            Self::Unbegun(Unbegun::Error) => Retry::ErrorEvent,
-            Self::Aborted | Self::Unbegun(Unbegun::Aborted) => Retry::Aborted,
-            Self::Unbegun(Unbegun::Empty) => Retry::EmptyAnswer,
-            Self::Request(_)
-            | Self::RequestBody
-            | Self::BodyTooLarge { .. }
-            | Self::Late
-            | Self::ClientGone
-            | Self::NotAdmitted(..)
-            | Self::NoWorker
-            | Self::BadAnswer(_)
-            | Self::AnswerBody
-            | Self::NoHead
-            | Self::Unread
-            | Self::TotalTime
-            | Self::Unexpected(_) => return None,
-        })
-    }
-
-    /// Whether the worker is out until a probe says otherwise. A reused connection that was closed says
-    /// nothing; nor does anything that the client may have caused.
-    pub(super) fn condemns(&self) -> bool {
-        match self {
-            Self::Connect(error) => !ours(error),
-            Self::EngineDead | Self::Unbegun(Unbegun::EngineDead) => true,
-            _ => false,
-        }
-    }
-
-    /// Whether something looks wrong with the worker, so that it should be looked at now.
-    pub(super) fn doubts(&self) -> bool {
-        matches!(
-            self,
-            Self::NoAnswer { reused: false }
-                | Self::AnswerCut
-                | Self::ModelLost
-                | Self::Aborted
-                | Self::Unbegun(_)
-        )
-    }
-
-    /// The status by which an answer is counted that is passed on although it is this failure.
-    pub(super) fn counted_as(&self, status: u16) -> u16 {
-        if matches!(self, Self::Aborted | Self::Unbegun(_)) { 502 } else { status }
-    }
-
-    /// Whether the worker has certainly not seen the request.
-    pub(super) fn is_unsent(&self) -> bool {
-        matches!(self, Self::Connect(_))
-    }
-
-    /// Whether it is counted as the worker's transport error.
-    pub(super) fn is_transport(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect(_)
-                | Self::NoAnswer { .. }
-                | Self::BadAnswer(_)
-                | Self::AnswerCut
-                | Self::AnswerBody
-                | Self::Unexpected(_)
-        )
-    }
-}
-
-/// Whether an answer in hand may be given up for what this worker will say: one that sleeps would say nothing.
-fn is_well(worker: &Worker) -> bool {
-    worker.usable() && !worker.rests()
-}
-
-/// Errors of connecting that are this host's, not the worker's: no free descriptor, port or memory
-/// (`faults.md` P3, P4).
-fn ours(error: &io::Error) -> bool {
-    Resource::of(error).is_some()
-}
+pub(super) use crate::proxy::failure::{Failure, Refusing};
 
 /// What to do after a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -562,5 +377,11 @@ impl<'a> Retries<'a> {
         until.max().unwrap_or(0)
     }
 }
+
+/// Whether an answer in hand may be given up for what this worker will say: one that sleeps would say nothing.
+fn is_well(worker: &Worker) -> bool {
+    worker.usable() && !worker.rests()
+}
+
 #[cfg(test)]
 mod tests;

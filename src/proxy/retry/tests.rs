@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use super::*;
 use crate::workers::{EngineStats, Health, ModelSettings, Registry};
