@@ -15,7 +15,7 @@ use crate::{
     proxy::{
         account::Account,
         answer::{Wanted, receive},
-        body::{self, Body, Sent},
+        body::{self, Body, Sending, Sent},
         client::{After, Client},
         listener::Listener,
         peek::{Peek, Seen},
@@ -158,8 +158,9 @@ async fn run(
     request.write_upstream(head, &UpstreamHead { prefix, framing, extra });
     let chunked = framing == OutFraming::Chunked;
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
+    let how = Sending { chunked, keep: keeps };
     let watch = outlet.watch.clone();
-    let mut sending = pin!(maybe_done(body::send(cx, inbox, &watch, writer, head, body, chunked, keeps)));
+    let mut sending = pin!(maybe_done(body::send(cx, inbox, &watch, writer, head, body, how)));
 
     let version = request.version();
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };

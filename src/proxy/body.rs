@@ -268,6 +268,15 @@ pub(super) enum Sent {
     Unread,
 }
 
+/// How a body is sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sending {
+    /// In chunks of our own.
+    pub(super) chunked: bool,
+    /// It is kept for another attempt.
+    pub(super) keep: bool,
+}
+
 /// Sends `head` and `body`, head and what is there of the body in one write where the headroom allows. What is not
 /// to be kept for another attempt is let go as soon as it is sent.
 ///
@@ -280,8 +289,7 @@ pub(super) async fn send(
     writer: &mut WriteHalf,
     head: &[u8],
     body: Body,
-    chunked: bool,
-    keep: bool,
+    Sending { chunked, keep }: Sending,
 ) -> Sent {
     match body {
         Body::Whole(buffer) => {

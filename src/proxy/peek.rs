@@ -140,7 +140,6 @@ impl Peek {
     ///
     /// # Cancellation
     /// Bytes may be lost: the worker's connection must be closed.
-    #[expect(clippy::too_many_arguments, reason = "what an attempt is made of")]
     pub(super) async fn hold(
         &mut self,
         cx: &Context,
