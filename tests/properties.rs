@@ -153,7 +153,7 @@ fn chunked() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4000, max_global_rejects: 40_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_split_of_a_request_head_parses_alike_and_reads_back(text in request(), cuts in cuts()) {
