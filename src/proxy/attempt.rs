@@ -26,7 +26,7 @@ use crate::{
     },
     telemetry::metrics::Break,
     upstream::Connection,
-    vllm,
+    vllm::{self, Unbegun},
     workers::{InFlight, Worker},
 };
 
@@ -198,6 +198,9 @@ async fn run(
     let speaks = events && outlet.answer.field("content-encoding").is_none();
     let mut plan = Plan::of(outlet.answer.framing(), speaks, version);
     let status = outlet.answer.status();
+    if retries.generates() && status == 200 {
+        plan.must_speak();
+    }
     let switched = status == 101;
     let kind = if speaks == events { Kind::of(&outlet.answer) } else { Kind::Other };
     let question = retries.question(status, kind);
@@ -234,6 +237,10 @@ async fn run(
                 attempted: Attempted::Failed(failure, kept(sending).map(Body::Whole)),
                 reusable,
             };
+        }
+        if matches!(failure, Failure::Unbegun(Unbegun::Empty)) {
+            // a success that says nothing must not be taken for one
+            return Ran::over(Attempted::Failed(failure, None));
         }
         // whatever its status, it is no success
         counted = failure.counted_as(status);
@@ -299,7 +306,7 @@ async fn run(
             Ran::Over { attempted: Attempted::Answered(after), reusable }
         }
         Relayed::Broken(reason) => {
-            if matches!(reason, Break::WorkerBroke | Break::BadCoding) {
+            if matches!(reason, Break::WorkerBroke | Break::BadCoding | Break::Empty) {
                 worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
                 // it may have died, or the request was at fault: a probe tells
                 worker.doubt();

@@ -11,6 +11,13 @@ use crate::{
     vllm::{ErrorShape, Unbegun},
 };
 
+/// For how long others are preferred to a worker that failed a request, in milliseconds: a second, in which a probe
+/// tells more.
+const SET_BACK_MS: u64 = 1000;
+
+/// What a worker may ask for with its `Retry-After` in this respect, in seconds.
+const MOST_SET_BACK_SECS: u64 = 30;
+
 /// Why an exchange, or one attempt of it, failed.
 #[derive(Debug, Error)]
 pub(super) enum Failure {
@@ -156,6 +163,21 @@ impl Failure {
                 | Self::Aborted
                 | Self::Unbegun(_)
         )
+    }
+
+    /// For how long others are preferred to the worker, in milliseconds. Whoever fails or refuses does so faster than
+    /// others work, and would look idle meanwhile. A client that brings this about for all workers changes nothing.
+    pub(super) fn sets_back_ms(&self) -> Option<u64> {
+        match self {
+            Self::Busy(refusing) => {
+                let asked_for = refusing.retry_after_secs.unwrap_or(1).clamp(1, MOST_SET_BACK_SECS);
+                Some(asked_for * 1000)
+            }
+            Self::Unbegun(_) => Some(SET_BACK_MS),
+            Self::Connect(_) | Self::NoAnswer { reused: true } => None,
+            _ if self.is_transport() => Some(SET_BACK_MS),
+            _ => None,
+        }
     }
 
     /// The status by which an answer is counted that is passed on although it is this failure.

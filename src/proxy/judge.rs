@@ -5,7 +5,8 @@
 //! Any other failure may be the request's own doing: the worker is doubted, which has it probed at once, and the
 //! failure is kept as a suspicion. It counts against the worker's breaker only when a worker of another server has
 //! answered the same request well, so that no sequence of requests can open a breaker. A request counts at most
-//! once against a server.
+//! once against a server. Whoever refused or failed a request is also set back for a moment: others are preferred,
+//! while there are others.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -65,6 +66,9 @@ impl<'a> Judge<'a> {
             tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
         }
         let now = self.clock.now();
+        if let Some(pause_ms) = failure.sets_back_ms() {
+            worker.set_back(now.saturating_add(pause_ms));
+        }
         match Weight::of(failure) {
             Weight::Fact(reason) => {
                 let counted = std::mem::replace(self.entry(worker), true);

@@ -75,6 +75,8 @@ struct Body {
     framer: Framer,
     /// Of a stream of events: how its last one ended.
     tail: Option<EventTail>,
+    /// Of a stream that must have events.
+    speaks: bool,
 }
 
 impl Plan {
@@ -94,7 +96,13 @@ impl Plan {
             }
             (ResponseFraming::UntilClose, Version::Http10) => (Framer::Raw, OutFraming::UntilClose, true),
         };
-        Self { body: Body { framer, tail: events.then(EventTail::default) }, framing, closes }
+        let tail = events.then(EventTail::default);
+        Self { body: Body { framer, tail, speaks: false }, framing, closes }
+    }
+
+    /// A stream without an event is none: it ends as one that broke.
+    pub(super) fn must_speak(&mut self) {
+        self.body.speaks = self.body.tail.is_some();
     }
 
     /// Looks at the part of the body that came with the head, while the client can still be told if it is
@@ -143,6 +151,11 @@ impl Body {
             *self = before;
         }
         step
+    }
+
+    /// Whether it would be wrong to end it here.
+    fn is_mute(&self) -> bool {
+        self.speaks && self.tail.is_some_and(|tail| tail.is_empty())
     }
 
     /// What ends a stream of events cleanly, with `events` as its last; without them if its last event has passed.
@@ -386,8 +399,13 @@ pub(super) async fn relay(
                 }
             }
         };
+        let before = *body;
         match result {
             Ok(count) if count > 0 => match body.step(&mut buffer) {
+                Some(next) if next.done && body.is_mute() => {
+                    *body = before;
+                    return (broken(outlet, body, Break::Empty).await, buffer);
+                }
                 Some(next) => {
                     step = next;
                     begun = true;
@@ -396,6 +414,9 @@ pub(super) async fn relay(
                 None => return (broken(outlet, body, Break::BadCoding).await, buffer),
             },
             ended => {
+                if ended.is_ok() && body.is_mute() {
+                    return (broken(outlet, body, Break::Empty).await, buffer);
+                }
                 let rest = if ended.is_ok() { body.framer.end() } else { None };
                 let Some(rest) = rest else {
                     return (broken(outlet, body, Break::WorkerBroke).await, buffer);

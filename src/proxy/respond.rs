@@ -131,7 +131,7 @@ pub(super) fn status_of(reason: Break) -> u16 {
     match reason {
         Break::IdleTimeout | Break::TotalTimeout => 504,
         Break::Draining => 503,
-        Break::WorkerBroke | Break::BadCoding | Break::SlowClient | Break::WorkerError => 502,
+        Break::WorkerBroke | Break::BadCoding | Break::Empty | Break::SlowClient | Break::WorkerError => 502,
     }
 }
 
@@ -142,6 +142,7 @@ pub(super) fn last_events(endpoint: &Endpoint, reason: Break) -> Vec<u8> {
         Break::TotalTimeout => "The request took longer than it may.",
         Break::Draining => "The proxy is shutting down. Please try again.",
         Break::BadCoding => "The worker's answer is malformed from here on.",
+        Break::Empty => "The worker's answer is empty. Please try again.",
         Break::WorkerBroke | Break::SlowClient | Break::WorkerError => {
             "The worker broke off its answer. Please try again."
         }

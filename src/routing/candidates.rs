@@ -84,7 +84,7 @@ impl<'a> Candidates<'a> {
     /// costs one refused connect. Who sleeps or is paused never stands in: it would let the request wait for ever.
     ///
     /// Who has as many requests as it may is left out in any case: if all have there is no candidate, and
-    /// [`Candidates::are_busy`].
+    /// [`Candidates::are_busy`]. Who has just refused or failed a request is left out while another has not.
     ///
     /// Of these only the workers of the highest priority, unless all of them are saturated; then those of the next
     /// one. Where everybody is saturated it is the highest priority again, and load decides. A worker is saturated
@@ -120,6 +120,7 @@ impl<'a> Candidates<'a> {
         let before = scratch.len();
         scratch.retain(|&position| !workers[position].is_full() || terms.place == Some(position));
         let busy = before > 0 && scratch.is_empty();
+        forward(workers, scratch, terms.now);
         first_choice(workers, terms.place, scratch);
         if terms.slow_start_ms > 0 && fleet.has_newcomers(terms.now, terms.slow_start_ms) {
             warm_up(workers, scratch, terms);
@@ -171,6 +172,14 @@ impl<'a> Candidates<'a> {
     /// All workers of the fleet, candidates or not; positions are those in it.
     pub fn fleet(&self) -> &'a [Arc<Worker>] {
         self.workers
+    }
+}
+
+/// Leaves out who is set back, unless all are.
+fn forward(workers: &[Arc<Worker>], positions: &mut Vec<usize>, now: Millis) {
+    let set_back = |position: &usize| workers[*position].is_set_back(now);
+    if positions.iter().any(set_back) && !positions.iter().all(set_back) {
+        positions.retain(|position| !set_back(position));
     }
 }
 
@@ -260,6 +269,23 @@ mod tests {
         tried.add(0);
         tried.add(2);
         assert!(positions(&fleet, &tried).is_empty(), "nobody is tried twice");
+    }
+
+    #[test]
+    fn who_is_set_back_is_chosen_when_nobody_else_is_left_or_its_time_is_over() {
+        let fleet = fleet(3);
+        let at = |now, tried: &Tried| positions_on(&fleet, tried, &Terms { now, ..Terms::default() });
+        let none = Tried::none();
+        fleet.workers[0].set_back(100);
+        fleet.workers[0].set_back(50);
+        assert_eq!((at(99, &none), at(100, &none)), (vec![1, 2], vec![0, 1, 2]));
+        let mut tried = Tried::none();
+        tried.add(1);
+        tried.add(2);
+        assert_eq!(at(99, &tried), [0], "it is no worse than nobody");
+        fleet.workers[1].set_back(100);
+        fleet.workers[2].set_back(100);
+        assert_eq!(at(99, &none), [0, 1, 2], "all are alike");
     }
 
     #[test]

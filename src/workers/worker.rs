@@ -119,6 +119,8 @@ struct Server {
     ranks: AtomicU32,
     /// When it came up last.
     up_since: AtomicU64,
+    /// Until when others are preferred.
+    set_back_until: AtomicU64,
 }
 
 /// One vLLM server, or one data-parallel rank of it. Shared by all threads; everything that changes is atomic.
@@ -289,6 +291,17 @@ impl Worker {
     /// Whether it was doubted since this was asked last.
     pub fn take_doubt(&self) -> bool {
         self.server.doubted.load(Ordering::Relaxed) && self.server.doubted.swap(false, Ordering::Relaxed)
+    }
+
+    /// Others are preferred until then: it has just refused a request, or failed one in a way that may have been the
+    /// request's doing. Without this the worker that fails fastest would look like the least loaded one.
+    pub fn set_back(&self, until: Millis) {
+        self.server.set_back_until.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// Whether others are preferred.
+    pub fn is_set_back(&self, now: Millis) -> bool {
+        now < self.server.set_back_until.load(Ordering::Relaxed)
     }
 
     /// Whether it sleeps or is paused.

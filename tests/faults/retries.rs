@@ -45,7 +45,7 @@ fn failing(path: &str, script: Script) -> Worker {
 }
 
 /// Both before a proxy that lets them take turns and does not probe them.
-fn turns(v: Variant, workers: [&Worker; 2]) -> ProxyBuilder {
+fn turns<'a>(v: Variant, workers: impl IntoIterator<Item = &'a Worker>) -> ProxyBuilder {
     let proxy = proxy(v).arg("--policy", "round_robin").arg("--health-check-interval-secs", NEVER);
     workers.into_iter().fold(proxy, |proxy, worker| proxy.worker(worker))
 }
@@ -349,6 +349,21 @@ variants! {
         assert_made_good(&proxy, &failing, "empty_answer");
     }
 
+    fn u14_an_answer_without_content_is_never_passed_on_as_a_success(v: Variant) {
+        let empty = || [stream(&[]), script().send(json_answer(""))];
+        for (script, again) in empty().into_iter().zip(empty()) {
+            let (one, other) = (failing(CHAT, script), failing(CHAT, again));
+            let proxy = turns(v, [&one, &other]).start();
+            let answer = proxy.client().post(CHAT, client::chat_stream("m")).expect(502);
+            assert_eq!(answer.json()["error"]["type"], "Bad Gateway", "{answer}");
+            // where nobody else could be asked, the beginning of a stream is not held
+            let proxy = turns(v, [&one]).start();
+            let answer = proxy.client().post(CHAT, client::chat_stream("m"));
+            let error = r#""type": "InternalServerError", "param": null, "code": 502}"#;
+            assert!(answer.status == 502 || answer.complete && answer.text().contains(error), "{answer}");
+        }
+    }
+
     fn u6_a_stream_that_begins_with_a_dead_engine_takes_the_worker_out(v: Variant) {
         let event = format!("data: {DEAD}\n\n");
         let (dead, well) = (failing(CHAT, stream(&[&event, "data: [DONE]\n\n"])), worker().start());
@@ -456,16 +471,21 @@ variants! {
     }
 
     fn further_attempts_have_a_budget_over_all_traffic(v: Variant) {
-        let (busy, well) = (failing(CHAT, refusal("503 Service Unavailable", "", BUSY)), worker().start());
-        let proxy = turns(v, [&busy, &well]).start();
-        // one by one: three at once, and three more per second
-        let told = eventually("the budget is used up", || {
+        let busy = || failing(CHAT, refusal("503 Service Unavailable", "", BUSY));
+        let workers = [busy(), busy()];
+        let proxy = turns(v, &workers).start();
+        let refused = || {
             let answer = proxy.client().chat("m");
-            (answer.status != 200).then_some(answer)
+            assert_eq!((answer.status, answer.text()), (503, BUSY));
+            proxy.metric("vllm_proxy_retries_over_budget_total").unwrap_or(0.0)
+        };
+        // one by one: three at once, and three more per second
+        eventually("the budget is used up", || refused() > 0.0);
+        let made = count(&proxy, "busy");
+        assert!(made >= 3.0, "{made}");
+        eventually("it is whole again", || {
+            refused();
+            count(&proxy, "busy") > made
         });
-        assert_eq!((told.status, told.text()), (503, BUSY));
-        assert!(count(&proxy, "busy") >= 3.0);
-        assert!(proxy.metric("vllm_proxy_retries_over_budget_total").is_some_and(|count| count >= 1.0));
-        eventually("it is whole again", || proxy.client().chat("m").status == 200);
     }
 }

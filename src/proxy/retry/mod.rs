@@ -226,8 +226,16 @@ impl<'a> Retries<'a> {
         };
         let again = question == Question::Nothing;
         let holds = self.asked.always && self.has_attempts() && (again || self.leaves(true));
-        let looks = self.asked.always && self.attempts > 1 || question == Question::EngineDead;
+        // a look at what is there anyway costs little, and tells a failure from a success
+        let looks = self.asked.generates
+            || self.asked.always && self.attempts > 1
+            || question == Question::EngineDead;
         (holds || looks).then_some((question, holds))
+    }
+
+    /// Whether the answer is generated text, which is never empty.
+    pub(super) fn generates(&self) -> bool {
+        self.asked.generates
     }
 
     /// Whether this body names a model that workers have listed, so that a worker that knows it not has lost it.

@@ -115,6 +115,8 @@ labels! {
         WorkerBroke = "worker_broke",
         /// The worker's chunked coding broke.
         BadCoding = "bad_coding",
+        /// The worker ended a stream of events before the first one.
+        Empty = "empty",
         /// Nothing came from the worker for `--stream-idle-timeout-secs`.
         IdleTimeout = "idle_timeout",
         /// `--request-timeout-secs` were over.
