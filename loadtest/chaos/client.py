@@ -157,7 +157,7 @@ def single(sent, got):
 
 
 def streamed(sent, got):
-    text, finish, done, failed = "", None, False, None
+    text, finish, done, failed, torn = "", None, False, None, None
     for part in bytes(got.body).split(b"\n\n"):
         if not part.startswith(b"data: "):
             continue
@@ -167,15 +167,17 @@ def streamed(sent, got):
         try:
             event = json.loads(part[6:])
         except ValueError:
-            if got.end == "whole":
-                return "wrong", f"an event that is no JSON in a whole stream: {part[:40]!r}"
+            torn = part
             continue
         if "error" in event:
+            torn = None  # a stream that was cut within an event: the error event comes next
             failed = f"{event['error'].get('code')} {event['error'].get('message', '')[:60]}"
             continue
         choice = event["choices"][0]
         text += choice["delta"].get("content") or ""
         finish = choice["finish_reason"] or finish
+    if torn is not None and got.end == "whole":
+        return "wrong", f"an event that is no JSON in a whole stream: {torn[:40]!r}"
     outcome, reason = compare(sent, text, finish if done else None, failed)
     if outcome == "lost" and got.end == "short":
         return "closed", "200 stream cut"

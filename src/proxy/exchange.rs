@@ -22,8 +22,13 @@ use crate::{
     },
     telemetry::metrics::Refusal,
     vllm::{self, Endpoint, ModelSource, Treatment},
-    workers::Fleet,
+    workers::{Fleet, Health, Worker},
 };
+
+/// How long a request that was lost with its connection waits for the probe that says whether its worker is gone, and
+/// how often it looks, in milliseconds. The control thread looks ten times a second for whom to probe.
+const PROBE_MS: u64 = 2000;
+const LOOK_MS: u64 = 20;
 
 /// Serves one request whose head has been read; `rest` is what came behind the head.
 ///
@@ -126,7 +131,16 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         chosen.unsent = failure.is_unsent();
 
         // 6. another attempt?
-        let next = retries.next(cx, &chosen.worker, &failure, kept.is_some());
+        let mut next = retries.next(cx, &chosen.worker, &failure, kept.is_some());
+        if Retries::waits_for_probe(&failure, next) {
+            match client.outlet.watch.limit(PROBE_MS, has_died(&chosen.worker)).await {
+                Ok(()) => next = retries.next(cx, &chosen.worker, &failure, kept.is_some()),
+                Err(_) if client.outlet.watch.is_total_over() => {
+                    return refuse(client, &account, &Failure::TotalTime).await;
+                }
+                Err(_) => {}
+            }
+        }
         let Some(kept) = kept else { return refuse(client, &account, &failure).await };
         body = kept;
         match next {
@@ -151,6 +165,13 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             }
         }
         last = failure;
+    }
+}
+
+/// Ends when a probe has found that the worker is gone.
+async fn has_died(worker: &Worker) {
+    while worker.health() != Health::Down {
+        pause(LOOK_MS).await;
     }
 }
 

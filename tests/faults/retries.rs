@@ -134,6 +134,30 @@ variants! {
         }
     }
 
+    fn u4_all_requests_of_a_worker_that_is_killed_move_on_although_they_are_more_than_the_budget(v: Variant) {
+        let gates = [Gate::new(), Gate::new()];
+        let held = |gate: &Gate| failing(CHAT, script().wait(gate).send(json_answer("{}")));
+        let workers = gates.each_ref().map(held);
+        let proxy = turns(v, &workers).arg("--request-timeout-secs", "120").start();
+        let clients: Vec<_> = (0..24)
+            .map(|_| {
+                let mut client = proxy.client();
+                client.send(client::post(CHAT, client::chat("m")));
+                client
+            })
+            .collect();
+        eventually("both have their share", || gates.iter().map(Gate::waiting).sum::<usize>() == clients.len());
+        // half of what runs is lost at once, and the budget is a fifth
+        let lost = gates[0].waiting();
+        workers[0].go_down();
+        eventually("all are with the other one", || gates[1].waiting() == clients.len());
+        gates[1].open();
+        for mut client in clients {
+            client.response().expect(200);
+        }
+        assert_eq!(count(&proxy, "connection_lost"), lost as f64);
+    }
+
     fn u1_a_broadcast_that_reaches_nobody_says_when_to_come_back(v: Variant) {
         let workers = [worker().start(), worker().start()];
         let proxy = turns(v, [&workers[0], &workers[1]]).start();

@@ -11,7 +11,7 @@ use crate::{
     routing::Tried,
     telemetry::metrics::Retry,
     vllm::{self, Unbegun},
-    workers::{Fleet, Resolved, Worker},
+    workers::{Fleet, Health, Resolved, Worker},
 };
 
 pub(super) use crate::proxy::failure::{Failure, Refusing};
@@ -145,8 +145,10 @@ impl Failure {
                 Terms { costs: true, once: true, again: false, usable: false }
             }
             Self::Status(_) => Terms { again: true, ..answered },
-            Self::EngineDead | Self::ModelLost | Self::Aborted | Self::Unbegun(Unbegun::EngineDead) => {
-                Terms { once: true, ..answered }
+            Self::ModelLost => Terms { once: true, ..answered },
+            // Who ends takes all its requests with it, more than the budget could bear, and each moves on but once.
+            Self::EngineDead | Self::Aborted | Self::Unbegun(Unbegun::EngineDead | Unbegun::Aborted) => {
+                Terms { costs: false, once: true, ..answered }
             }
             _ => answered,
         }
@@ -227,9 +229,10 @@ impl<'a> Retries<'a> {
         let again = question == Question::Nothing;
         let holds = self.asked.always && self.has_attempts() && (again || self.leaves(true));
         // a look at what is there anyway costs little, and tells a failure from a success
-        let looks = self.asked.generates
-            || self.asked.always && self.attempts > 1
-            || question == Question::EngineDead;
+        let looks = match question {
+            Question::Begins | Question::Whole | Question::EngineDead => true,
+            _ => self.asked.always && self.attempts > 1,
+        };
         (holds || looks).then_some((question, holds))
     }
 
@@ -264,6 +267,12 @@ impl<'a> Retries<'a> {
         self.passed.take()
     }
 
+    /// Whether it is worth waiting for what a probe says of the worker: if it has died, another attempt costs nothing.
+    pub(super) fn waits_for_probe(failure: &Failure, next: Next) -> bool {
+        next == Next::GiveUp(Without::Budget)
+            && matches!(failure, Failure::NoAnswer { .. } | Failure::AnswerCut)
+    }
+
     /// What to do after a failed attempt on `worker`; `kept`: the body is there.
     pub(super) fn next(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
         let decided = self.decided.take();
@@ -273,7 +282,8 @@ impl<'a> Retries<'a> {
     /// Decides, counts and tells.
     fn counted(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
         let (now, chance) = (cx.clock.now(), cx.chance());
-        let next = self.decide(failure, kept, now, chance, || cx.in_flight());
+        let died = worker.health() == Health::Down;
+        let next = self.decide(failure, kept, died, now, chance, || cx.in_flight());
         let Some(reason) = failure.reason() else { return next };
         match next {
             Next::GiveUp(Without::Use) => {}
@@ -295,6 +305,7 @@ impl<'a> Retries<'a> {
         &mut self,
         failure: &Failure,
         kept: bool,
+        died: bool,
         now: Millis,
         chance: f64,
         in_flight: impl FnOnce() -> u64,
@@ -333,7 +344,8 @@ impl<'a> Retries<'a> {
         };
         // what was spent on the attempt that has ended comes first
         self.spent = None;
-        if terms.costs {
+        // what has died cannot be made worse, nor can it be asked more than once
+        if terms.costs && !(died && terms.once) {
             self.spent = self.budget.begin(now, in_flight());
             if self.spent.is_none() {
                 return Next::GiveUp(Without::Budget);

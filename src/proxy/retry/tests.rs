@@ -87,7 +87,7 @@ impl Retries<'_> {
     /// An attempt at `position` fails, at `now`.
     fn fails_at(&mut self, now: Millis, position: usize, failure: &Failure) -> Next {
         self.begin(position, false);
-        self.decide(failure, true, now, 0.5, || MANY)
+        self.decide(failure, true, false, now, 0.5, || MANY)
     }
 
     fn fails(&mut self, position: usize, failure: &Failure) -> Next {
@@ -97,7 +97,7 @@ impl Retries<'_> {
     /// The same, on a fresh connection to where the last attempt was.
     fn fails_fresh(&mut self, position: usize, failure: &Failure) -> Next {
         self.begin(position, true);
-        self.decide(failure, true, 0, 0.5, || MANY)
+        self.decide(failure, true, false, 0, 0.5, || MANY)
     }
 }
 
@@ -111,7 +111,7 @@ fn what_no_worker_has_seen_goes_to_another_at_once_and_costs_nothing() {
             let failure = connect([libc::ECONNREFUSED, libc::ETIMEDOUT, libc::EHOSTUNREACH][position]);
             retries.begin(position, false);
             assert_eq!(
-                retries.decide(&failure, true, 0, 0.5, || panic!("the budget was asked")),
+                retries.decide(&failure, true, false, 0, 0.5, || panic!("the budget was asked")),
                 Next::Another
             );
             assert!(retries.tried().contains(position));
@@ -202,7 +202,8 @@ fn what_a_worker_may_have_done_is_not_sent_again_unless_it_is_repeatable() {
         Some((Question::EngineDead, false)),
         "to be known, not given up"
     );
-    for status in [200, 404, 429, 502, 503] {
+    assert_eq!(retries.question(200, Kind::Events), Some((Question::Begins, false)));
+    for status in [404, 429, 502, 503] {
         assert_eq!(retries.question(status, Kind::Events), None, "{status}");
     }
 }
@@ -213,7 +214,7 @@ fn without_the_body_nothing_is_tried_again() {
     for failure in [refused(), lost(), stale(), busy()] {
         let mut retries = exchange.retries();
         retries.begin(0, false);
-        assert_eq!(retries.decide(&failure, false, 0, 0.5, || MANY), Next::GiveUp(Without::Use));
+        assert_eq!(retries.decide(&failure, false, false, 0, 0.5, || MANY), Next::GiveUp(Without::Use));
     }
     let (kept, other) = (exchange.retries(), exchange.asking(Repeatable::default()));
     assert_eq!([kept.keeps(1000), kept.keeps(1001), other.keeps(0)], [true, false, false]);
@@ -222,7 +223,8 @@ fn without_the_body_nothing_is_tried_again() {
 #[test]
 fn dead_engines_lost_models_and_whole_aborted_answers_get_one_further_attempt() {
     let exchange = Exchange::with(5);
-    for failure in [Failure::EngineDead, Failure::ModelLost, Failure::Aborted] {
+    let aborted = Failure::Unbegun(Unbegun::Aborted);
+    for failure in [Failure::EngineDead, Failure::ModelLost, Failure::Aborted, aborted] {
         let mut retries = exchange.retries();
         assert_eq!(retries.fails(0, &failure), Next::Another, "{failure}");
         assert_eq!(retries.fails(1, &failure), Next::GiveUp(Without::Chance), "{failure}");
@@ -235,8 +237,31 @@ fn dead_engines_lost_models_and_whole_aborted_answers_get_one_further_attempt() 
 }
 
 #[test]
+fn who_moves_on_because_its_worker_has_ended_is_not_counted_against_the_budget() {
+    let exchange = Exchange::with(3);
+    let ends = |failure: &Failure, died: bool| {
+        let mut retries = exchange.retries();
+        retries.begin(0, false);
+        let asked = std::cell::Cell::new(false);
+        let next = retries.decide(failure, true, died, 0, 0.5, || {
+            asked.set(true);
+            MANY
+        });
+        assert_eq!(next, Next::Another, "{failure}");
+        asked.get()
+    };
+    for failure in [Failure::EngineDead, Failure::Aborted, Failure::Unbegun(Unbegun::Aborted)] {
+        assert!(!ends(&failure, false), "{failure}");
+    }
+    for failure in [lost(), Failure::AnswerCut] {
+        assert!(ends(&failure, false) && !ends(&failure, true), "{failure}: as long as it may be alive");
+    }
+    assert!(ends(&busy(), true), "it has answered after all");
+}
+
+#[test]
 fn busy_workers_are_each_asked_once_and_streams_that_fail_too() {
-    for failure in [busy(), Failure::Unbegun(Unbegun::Empty), Failure::Unbegun(Unbegun::Aborted)] {
+    for failure in [busy(), Failure::Unbegun(Unbegun::Empty), Failure::Unbegun(Unbegun::Error)] {
         let exchange = Exchange::with(3);
         let mut retries = exchange.retries();
         assert_eq!(retries.fails(0, &failure), Next::Another);
@@ -282,7 +307,7 @@ fn the_budget_is_asked_for_what_costs_a_worker_something_and_given_back() {
     let exchange = Exchange::with(9);
     let retry = |retries: &mut Retries<'_>, position| {
         retries.begin(position, false);
-        retries.decide(&busy(), true, 0, 0.5, || FEW)
+        retries.decide(&busy(), true, false, 0, 0.5, || FEW)
     };
     let mut running: Vec<Retries<'_>> = (0..3).map(|_| exchange.retries()).collect();
     for retries in &mut running {
@@ -294,7 +319,11 @@ fn the_budget_is_asked_for_what_costs_a_worker_something_and_given_back() {
     drop(running);
     let mut fifth = exchange.retries();
     fifth.begin(0, false);
-    assert_eq!(fifth.decide(&busy(), true, 0, 0.5, || 5), Next::Another, "one of five requests in flight");
+    assert_eq!(
+        fifth.decide(&busy(), true, false, 0, 0.5, || 5),
+        Next::Another,
+        "one of five requests in flight"
+    );
 }
 
 #[test]
