@@ -17,6 +17,8 @@ use crate::{
         answer::{Wanted, receive},
         body::{self, Body, Sending, Sent},
         client::{After, Client},
+        context::Context,
+        failure::SET_BACK_MS,
         listener::Listener,
         peek::{Peek, Seen},
         relay::{Plan, Relayed, Step, relay},
@@ -299,6 +301,7 @@ async fn run(
             account.complete();
             if plan.is_erred() {
                 cx.metrics().broke(Break::WorkerError);
+                doubt(cx, worker);
             }
             let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
             let after = if keep_alive { After::KeepAlive } else { After::Linger };
@@ -309,7 +312,7 @@ async fn run(
             if matches!(reason, Break::WorkerBroke | Break::BadCoding | Break::Empty) {
                 worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
                 // it may have died, or the request was at fault: a probe tells
-                worker.doubt();
+                doubt(cx, worker);
             }
             cx.metrics().broke(reason);
             account.broken(respond::status_of(reason));
@@ -334,6 +337,12 @@ async fn run(
 fn is_no_such_path(answer: &ResponseHead) -> bool {
     const DETAIL_BYTES: u64 = r#"{"detail":"Not Found"}"#.len() as u64;
     answer.status() == 404 && matches!(answer.framing(), ResponseFraming::Length(0 | DETAIL_BYTES))
+}
+
+/// The worker has failed within an answer: it is looked at, and others are preferred for a moment.
+fn doubt(cx: &Context, worker: &Worker) {
+    worker.doubt();
+    worker.set_back(cx.clock.now().saturating_add(SET_BACK_MS));
 }
 
 /// The body that a finished write gave back.

@@ -13,7 +13,7 @@ use crate::{
 
 /// For how long others are preferred to a worker that failed a request, in milliseconds: a second, in which a probe
 /// tells more.
-const SET_BACK_MS: u64 = 1000;
+pub(super) const SET_BACK_MS: u64 = 1000;
 
 /// What a worker may ask for with its `Retry-After` in this respect, in seconds.
 const MOST_SET_BACK_SECS: u64 = 30;

@@ -13,7 +13,7 @@ use std::sync::{Arc, atomic::Ordering};
 use crate::{
     base::Millis,
     net::ShardClock,
-    proxy::retry::Failure,
+    proxy::failure::{Failure, SET_BACK_MS},
     telemetry::metrics::Ejection,
     workers::{Health, Turn, Worker},
 };
@@ -94,10 +94,13 @@ impl<'a> Judge<'a> {
 
     /// `worker` answered, and its answer was passed on.
     pub(super) fn answered(&mut self, worker: &Arc<Worker>, status: u16) {
+        let now = self.clock.now();
+        if status >= 500 {
+            worker.set_back(now.saturating_add(SET_BACK_MS));
+        }
         if !(200..300).contains(&status) {
             return;
         }
-        let now = self.clock.now();
         if worker.breaker().succeeded(now) == Turn::Closed {
             tracing::info!(worker = worker.name(), "breaker of worker is closed");
         }
