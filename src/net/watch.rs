@@ -10,6 +10,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     os::fd::RawFd,
     pin::Pin,
     rc::{Rc, Weak},
@@ -70,6 +71,18 @@ enum Ends {
     Cut,
 }
 
+/// What a task does when everything is cut.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Parting {
+    /// It ends where it stands.
+    #[default]
+    Silent,
+    /// It has said nothing yet to a request: [`Watch::unless_cut`] gives it up, so that this can be said.
+    Unanswered,
+    /// It says its last words, or what it says ends by itself soon.
+    Speaking,
+}
+
 /// How long a task that has something to say may live on after everything was cut, in milliseconds.
 const PARTING_MS: u64 = 1000;
 
@@ -84,8 +97,8 @@ pub struct Watch {
     total: Cell<Millis>,
     /// Phases that were found waiting; wraps around.
     waits: Cell<u32>,
-    /// Whether the task says something before it ends when everything is cut.
-    parting: Cell<bool>,
+    /// What the task does when everything is cut.
+    parting: Cell<Parting>,
     /// Whether draining ends the phase at once.
     idle: Cell<bool>,
     waker: RefCell<Option<Waker>>,
@@ -126,13 +139,21 @@ impl Watch {
             return true;
         }
         let cut = self.cut.get();
-        cut != Millis::MAX && (!self.parting.get() || self.clock.now() >= cut.saturating_add(PARTING_MS))
+        let silent = self.parting.get() == Parting::Silent;
+        cut != Millis::MAX && (silent || self.clock.now() >= cut.saturating_add(PARTING_MS))
     }
 
-    /// Whether the task is given a moment to say something when everything is cut; a phase of
-    /// [`Watch::stream_until`] tells it then.
-    pub fn set_parting(&self, parting: bool) {
+    /// What the task does when everything is cut; while it has something to say it is given a moment for that, and a
+    /// phase of [`Watch::stream_until`] or [`Watch::unless_cut`] tells it when.
+    pub fn set_parting(&self, parting: Parting) {
         self.parting.set(parting);
+    }
+
+    /// Something is said to the client: it is too late for an answer in its place.
+    pub fn speaks(&self) {
+        if self.parting.get() == Parting::Unanswered {
+            self.parting.set(Parting::Speaking);
+        }
     }
 
     /// Whether everything was cut, and what is still to be said must be said now.
@@ -186,6 +207,20 @@ impl Watch {
     /// As `phase`.
     pub fn stream_until<T, F: Future<Output = T>>(&self, deadline: Millis, phase: F) -> Limited<'_, F> {
         self.phase(deadline, Ends::Cut, phase)
+    }
+
+    /// Runs `exchange` to its end; `None` if everything was cut while nothing had been said.
+    ///
+    /// # Cancellation
+    /// As `exchange`, which is not polled any more after `None`.
+    pub async fn unless_cut<T>(&self, mut exchange: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        poll_fn(|context| {
+            if self.is_ending() && self.parting.get() == Parting::Unanswered {
+                return Poll::Ready(None);
+            }
+            exchange.as_mut().poll(context).map(Some)
+        })
+        .await
     }
 
     fn phase<F>(&self, deadline: Millis, ends: Ends, phase: F) -> Limited<'_, F> {
@@ -286,7 +321,7 @@ impl Watches {
             deadline: Cell::new(Millis::MAX),
             total: Cell::new(Millis::MAX),
             waits: Cell::new(0),
-            parting: Cell::new(false),
+            parting: Cell::default(),
             idle: Cell::new(false),
             waker: RefCell::default(),
             draining: self.draining.clone(),
@@ -421,7 +456,7 @@ mod tests {
     fn what_has_last_words_is_told_of_the_cut_and_lives_on_for_a_moment() {
         let watches = watches();
         let (silent, speaking) = (watches.watch(), watches.watch());
-        speaking.set_parting(true);
+        speaking.set_parting(Parting::Speaking);
         let mut stream = pin!(speaking.stream_until(Millis::MAX, pending::<()>()));
         assert!(poll(stream.as_mut()).is_pending());
         watches.cut();
@@ -431,6 +466,24 @@ mod tests {
         watches.clock.now.set(watches.clock.now() + PARTING_MS);
         watches.cut();
         assert!(speaking.is_cut(), "not for longer than that, however often everything is cut");
+    }
+
+    #[test]
+    fn who_has_said_nothing_is_given_up_at_the_cut_and_who_has_goes_on() {
+        let watches = watches();
+        let (unanswered, answered) = (watches.watch(), watches.watch());
+        for watch in [&unanswered, &answered] {
+            watch.set_parting(Parting::Unanswered);
+        }
+        let (mut one, mut two) = (pin!(pending::<()>()), pin!(pending::<()>()));
+        let mut one = pin!(unanswered.unless_cut(one.as_mut()));
+        let mut two = pin!(answered.unless_cut(two.as_mut()));
+        assert!(poll(one.as_mut()).is_pending() && poll(two.as_mut()).is_pending());
+        answered.speaks();
+        watches.cut();
+        assert!(!unanswered.is_cut() && !answered.is_cut(), "both have something to say");
+        assert_eq!(poll(one.as_mut()), Poll::Ready(None));
+        assert!(poll(two.as_mut()).is_pending());
     }
 
     #[test]
