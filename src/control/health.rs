@@ -174,6 +174,11 @@ impl Watch {
         }
     }
 
+    /// A probe could not be made, which says nothing: the next one is made soon.
+    pub(super) fn skipped(&mut self, now: Millis) {
+        self.next = now + RETRY_MS.min(self.rules.interval_ms);
+    }
+
     /// Takes in a probe. `before` is what the worker's atomic said when the probe began, `health` what it says
     /// now; `chance` is in 0..1.
     ///
@@ -383,6 +388,23 @@ mod tests {
             Change::Down(Ejection::Probe)
         );
         assert_eq!(watch.due(INTERVAL, Down), Due::Wait(RETRY_MS));
+    }
+
+    #[test]
+    fn p4_a_probe_that_cannot_be_made_says_nothing() {
+        let mut watch = up();
+        for round in 0..100 {
+            let now = INTERVAL + round * RETRY_MS;
+            assert_eq!(watch.due(now, Up), Due::Probe);
+            watch.skipped(now);
+            assert_eq!(watch.due(now, Up), Due::Wait(RETRY_MS));
+        }
+        assert_eq!(watch.advice(INTERVAL), None);
+        assert_eq!(
+            watch.probed(99_999, Up, Up, probe(Verdict::Late), MIDDLE),
+            Change::None,
+            "the first late one"
+        );
     }
 
     #[test]

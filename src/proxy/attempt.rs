@@ -138,7 +138,6 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
 
 /// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has
 /// read all.
-#[expect(clippy::too_many_arguments, reason = "it is the second half of attempt")]
 async fn run(
     client: &mut Client<'_>,
     account: &Account<'_>,
