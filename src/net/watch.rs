@@ -107,7 +107,7 @@ pub struct Watch {
     cut: Rc<Cell<Millis>>,
     /// The client's socket, while nothing is read from it.
     unread: Cell<Option<RawFd>>,
-    /// The client went away while nothing was read from it.
+    /// The client went away while nothing was read from it, or its place is needed.
     gone: Cell<bool>,
 }
 
@@ -116,6 +116,12 @@ impl Watch {
     /// client is still there.
     pub(super) fn reading(&self, unread: Option<RawFd>) {
         self.unread.set(unread);
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
     }
 
     fn look(&self) {
@@ -133,7 +139,7 @@ impl Watch {
         }
     }
 
-    /// Whether the task must end at once: everything is cut, or its client has gone unnoticed.
+    /// Whether the task must end at once: everything is cut, its client has gone unnoticed, or has to.
     pub fn is_cut(&self) -> bool {
         if self.gone.get() {
             return true;
@@ -305,13 +311,15 @@ pub struct Watches {
     draining: Rc<Cell<bool>>,
     cut: Rc<Cell<Millis>>,
     watches: RefCell<Vec<Weak<Watch>>>,
+    /// How many of them were asked to make room since the last tick.
+    looked_at: Cell<usize>,
 }
 
 impl Watches {
     /// None yet.
     pub fn new(clock: Rc<ShardClock>) -> Self {
         let cut = Rc::new(Cell::new(Millis::MAX));
-        Self { clock, draining: Rc::default(), cut, watches: RefCell::default() }
+        Self { clock, draining: Rc::default(), cut, watches: RefCell::default(), looked_at: Cell::default() }
     }
 
     /// A watch for one task, forgotten when dropped.
@@ -350,14 +358,32 @@ impl Watches {
         }
     }
 
+    /// Ends a task that waits for nothing that has begun ([`Watch::idle`]), the oldest of them; false if there is none.
+    /// All tasks are looked at once per tick, however often this is asked.
+    pub fn end_idle(&self) -> bool {
+        let watches = self.watches.borrow();
+        for watch in watches.iter().skip(self.looked_at.get()) {
+            self.looked_at.set(self.looked_at.get() + 1);
+            if let Some(watch) = watch.upgrade()
+                && watch.idle.get()
+                && !watch.gone.replace(true)
+            {
+                watch.wake();
+                return true;
+            }
+        }
+        false
+    }
+
     /// Takes the time and wakes whose limit is over. To be called every [`TICK_MS`].
     pub fn tick(&self) {
         self.clock.now.set(self.clock.clock.millis());
+        self.looked_at.set(0);
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
             watch.look();
-            if let (true, Some(waker)) = (watch.is_due(), watch.waker.borrow().as_ref()) {
-                waker.wake_by_ref();
+            if watch.is_due() {
+                watch.wake();
             }
             true
         });
@@ -409,6 +435,27 @@ mod tests {
         watches.drain();
         assert_eq!(poll(idle.as_mut()), Poll::Ready(Err(Elapsed)));
         assert_eq!(poll(busy.as_mut()), Poll::Pending);
+    }
+
+    #[test]
+    fn who_is_idle_makes_room_the_oldest_first_and_nobody_else_does() {
+        let watches = watches();
+        let all = [(); 4].map(|()| watches.watch());
+        let mut busy = pin!(all[0].limit(0, pending::<()>()));
+        assert!(poll(busy.as_mut()).is_pending());
+        for idle in &all[1..] {
+            assert!(poll(pin!(idle.idle(1_000_000, pending::<()>()))).is_pending());
+        }
+        let ended = || [0, 1, 2, 3].map(|at: usize| all[at].is_cut());
+        assert!(watches.end_idle());
+        assert_eq!(ended(), [false, true, false, false]);
+        assert!(watches.end_idle() && watches.end_idle());
+        assert_eq!(ended(), [false, true, true, true]);
+        assert!(!watches.end_idle());
+        assert!(poll(pin!(all[0].idle(1_000_000, pending::<()>()))).is_pending());
+        assert!(!watches.end_idle(), "it was looked at already");
+        watches.tick();
+        assert!(watches.end_idle() && ended()[0]);
     }
 
     #[test]
