@@ -294,6 +294,8 @@ async fn run(
             account.complete();
             if plan.is_erred() {
                 cx.metrics().broke(Break::WorkerError);
+                // its engine may have died; a probe tells
+                worker.doubt();
             }
             let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));
             let after = if keep_alive { After::KeepAlive } else { After::Linger };

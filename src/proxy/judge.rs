@@ -116,7 +116,7 @@ impl<'a> Judge<'a> {
 /// The answer of `worker` begins, with a status that is passed on. If it is good the trial has succeeded: what follows
 /// may take long, and the next one need not wait for it.
 pub(super) fn begins(worker: &Worker, trial: &mut Trial, status: u16, now: Millis) {
-    if !trial.is_probe() || !(200..300).contains(&status) {
+    if !trial.is_probe() || !matches!(status, 101 | 200..300) {
         return;
     }
     if worker.breaker().succeeded(now) == Turn::Closed {
