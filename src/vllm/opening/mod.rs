@@ -97,10 +97,12 @@ fn opening_of_event(name: &[u8], data: &[u8]) -> Opening {
     }
     let fails = FAILURES.contains(&name) || data.starts_with(b"{\"error\":");
     if fails {
-        return match (DEAD.find(data), is_the_clients_fault(data)) {
-            (Some(_), _) => Opening::Failed(Unbegun::EngineDead),
-            (None, true) => Opening::Commit,
-            (None, false) => Opening::Failed(Unbegun::Error),
+        return if is_the_clients_fault(data) {
+            Opening::Commit
+        } else if is_engine_dead(data) {
+            Opening::Failed(Unbegun::EngineDead)
+        } else {
+            Opening::Failed(Unbegun::Error)
         };
     }
     if data == b"[DONE]" {
@@ -172,7 +174,8 @@ pub fn is_aborted(body: &[u8]) -> bool {
     ABORT.find(body).is_some()
 }
 
-/// Whether the body of a 500 says that the engine is dead: nothing will be served until the server is started anew.
+/// Whether the body of a 500, or an event, says that the engine is dead: nothing will be served until the server is
+/// started anew. Its message must begin so: further behind may stand what a client has written.
 pub fn is_engine_dead(body: &[u8]) -> bool {
     const MESSAGE: &[u8] = b"\"message\":";
     DEAD.find(body).is_some_and(|at| {

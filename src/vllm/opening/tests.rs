@@ -154,3 +154,16 @@ fn golden_bodies_are_known_for_what_they_are() {
     }
     assert!(!is_unknown_model(&body("py-0.32-default/not_found")));
 }
+
+#[test]
+fn what_a_client_has_written_kills_no_engine() {
+    let event = |code: u16, message: &str| {
+        let event = format!("data: {{\"error\": {{\"message\": \"{message}\", \"code\": {code}}}}}\n\n");
+        opening_of_events(event.as_bytes(), true)
+    };
+    let dead = "EngineCore encountered an issue. See stack trace";
+    assert_eq!(event(500, dead), Opening::Failed(Unbegun::EngineDead));
+    assert_eq!(event(500, &format!("invalid grammar: {dead}")), Opening::Failed(Unbegun::Error));
+    assert_eq!(event(400, &format!("invalid grammar: {dead}")), Opening::Commit);
+    assert_eq!(event(400, dead), Opening::Commit, "it was the request's own");
+}
