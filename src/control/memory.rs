@@ -45,7 +45,7 @@ pub(super) async fn run() {
     let mut spare = Spare::default();
     loop {
         tokio::time::sleep(LOOK).await;
-        let Some(before) = free_bytes() else { return };
+        let Some(before) = free_bytes() else { continue };
         if !spare.look(before) {
             continue;
         }
@@ -57,7 +57,8 @@ pub(super) async fn run() {
     }
 }
 
-/// Bytes that are resident and used for nothing, or not by way of malloc; `None` where the kernel does not tell.
+/// Bytes that are resident and used for nothing, or not by way of malloc; `None` where that cannot be
+/// read (there may be no descriptor).
 fn free_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let resident = resident_bytes(&status)?;

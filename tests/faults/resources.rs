@@ -34,9 +34,11 @@ impl Limited {
         command.args(["-c", &limits, env!("CARGO_BIN_EXE_vllm-proxy")]);
         let io = if v.io == Io::Uring { "uring" } else { "epoll" };
         let (threads, url) = (v.shards.to_string(), worker.url());
-        let flags = ["--no-pin", "--io", io, "--threads", &threads, "--health-check-interval-secs", NEVER];
+        let probes = "--health-check-interval-secs";
+        let flags = ["--no-pin", "--io", io, "--threads", &threads, probes, NEVER];
+        let flags = if more.contains(&probes) { &flags[..5] } else { &flags };
         let quiet = ["--model-refresh-secs", NEVER, "--engine-stats-interval", "0", "--worker-urls", &url];
-        let (child, addr, log) = binary_with_log(command, &[&flags[..], more, &quiet].concat(), |_| ());
+        let (child, addr, log) = binary_with_log(command, &[flags, more, &quiet].concat(), |_| ());
         let limited = Self { child, addr, log };
         eventually("it knows its worker", || limited.client().get("/health").status == 200);
         limited
@@ -152,6 +154,24 @@ variants! {
         assert!(limited.metric("vllm_proxy_shortages_total{resource=\"descriptors\"}") > errors);
         assert_eq!(limited.metric("vllm_proxy_worker_health"), 1.0, "the worker was blamed");
         assert_eq!(limited.log.lines_with("out of descriptors").len(), 1, "{:?}", limited.log);
+        assert_eq!(limited.log.lines_with("worker is down").len(), 0, "{:?}", limited.log);
+    }
+
+    fn p3_a_probe_without_a_descriptor_blames_nobody(v: Variant) {
+        let worker = worker().start();
+        let probes = ["--health-check-interval-secs", "0.05", "--verbosity", "Debug"];
+        let limited = Limited::start(v, &worker, HARD, HARD, &probes);
+        let mut old = limited.client();
+        old.get("/health").expect(200);
+        limited.exhaust();
+        let mut staying = Vec::new();
+        eventually("probes cannot be made, again and again", || {
+            limited.fill(&mut staying);
+            limited.log.lines_with("worker cannot be probed").len() >= 5
+        });
+        old.get("/health").expect(200);
+        limited.limit(HARD);
+        eventually("new clients are served", || limited.client().chat("m").status == 200);
         assert_eq!(limited.log.lines_with("worker is down").len(), 0, "{:?}", limited.log);
     }
 
