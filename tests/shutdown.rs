@@ -102,6 +102,32 @@ variants! {
         }
     }
 
+    fn p1_who_has_no_answer_when_the_grace_period_is_over_is_told_why(v: Variant) {
+        let gate = Gate::new();
+        let worker = worker().holds(&gate).start();
+        let more = ["--shutdown-grace-secs", "1", "--max-concurrent-requests", "1"];
+        let proxy = more.chunks(2).fold(proxy(v).worker(&worker), |proxy, pair| proxy.arg(pair[0], pair[1])).start();
+        let [mut running, mut waiting, mut sending] = [(); 3].map(|()| proxy.client());
+        running.send(client::post("/v1/chat/completions", client::chat("m")));
+        eventually("it runs", || gate.waiting() == 1);
+        waiting.send(client::post("/v1/chat/completions", client::chat_stream("m")));
+        sending.send("POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{");
+        eventually("all are there", || {
+            // and the request for the metrics
+            proxy.metric("vllm_proxy_requests_in_flight").is_some_and(|count| count >= 4.0)
+        });
+        proxy.drain();
+        proxy.wait();
+        for client in [&mut running, &mut waiting, &mut sending] {
+            let answer = client.response().expect(503);
+            assert!(answer.text().contains("shutting down"), "{answer}");
+            assert!(answer.header("retry-after").is_some(), "{answer}");
+            client.expect_closed();
+        }
+        // who waited may have been let in by one shard before the other was told of the end
+        eventually("the worker is let go", || worker.requests().iter().all(|request| request.gone.is_some()));
+    }
+
     fn what_outlives_the_grace_period_is_cut(v: Variant) {
         let gate = Gate::new();
         let worker = streaming_worker(&gate);

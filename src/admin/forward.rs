@@ -14,7 +14,7 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::admin::Admin;
 use crate::control::{self, AttemptError};
-use crate::telemetry::metrics::Ejection;
+use crate::telemetry::{Resource, metrics::Ejection};
 use crate::vllm::RANK_FIELD;
 use crate::workers::{Demand, Health, InFlight, Worker};
 
@@ -64,11 +64,14 @@ pub(super) fn copy(parts: &request::Parts, body: Body) -> Request<Body> {
 pub(super) fn failed(worker: &Worker, error: &AttemptError) {
     worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
     tracing::debug!(worker = worker.name(), %error, "attempt of an admin request failed");
-    if matches!(error, AttemptError::Connect(_)) && worker.answers() {
-        worker.set_health(Health::Down);
-        worker.counters().ejected(Ejection::Connect);
-    } else {
-        worker.doubt();
+    match error {
+        // this host is short of something, which says nothing of the worker (`faults.md` P3, P4)
+        AttemptError::Connect(error) if Resource::of(error).is_some() => {}
+        AttemptError::Connect(_) if worker.answers() => {
+            worker.set_health(Health::Down);
+            worker.counters().ejected(Ejection::Connect);
+        }
+        _ => worker.doubt(),
     }
 }
 

@@ -18,6 +18,7 @@ use crate::control::{
     duration,
     health::Verdict,
 };
+use crate::telemetry::Resource;
 use crate::vllm::ModelType;
 use crate::workers::Worker;
 
@@ -77,14 +78,15 @@ impl Dummies {
             return None;
         }
         let model = control.book.first_model(position)?;
-        let found = self.ask(control, worker, &model).await;
+        let found = self.ask(control, worker, &model).await?;
         if found.0 == Verdict::Good {
             self.next = now + self.plan.interval_ms;
         }
         Some(found)
     }
 
-    async fn ask(&mut self, control: &Control, worker: &Worker, model: &str) -> (Verdict, String) {
+    /// `None`: this host was short of what it takes to ask.
+    async fn ask(&mut self, control: &Control, worker: &Worker, model: &str) -> Option<(Verdict, String)> {
         let dummy = self.of.0;
         let mut request = Request::new(Body::from(dummy.body(model)));
         *request.method_mut() = Method::POST;
@@ -93,12 +95,13 @@ impl Dummies {
         if let Some(key) = &control.key {
             request.headers_mut().insert(header::AUTHORIZATION, key.clone());
         }
-        match attempt::fetch(worker, request, self.plan.limit, BODY_BYTES).await {
+        Some(match attempt::fetch(worker, request, self.plan.limit, BODY_BYTES).await {
             Ok(answer) => self.judge(worker, answer.status()),
             Err(AttemptError::Late) => (Verdict::Late, format!("{} did not answer in time", dummy.path)),
             Err(AttemptError::TooLarge(_)) => (Verdict::Good, String::new()),
+            Err(AttemptError::Connect(error)) if Resource::of(&error).is_some() => return None,
             Err(error) => (Verdict::Bad, format!("{}: {error}", dummy.path)),
-        }
+        })
     }
 
     fn judge(&mut self, worker: &Worker, status: StatusCode) -> (Verdict, String) {

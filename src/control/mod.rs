@@ -14,6 +14,8 @@ mod attempt;
 mod dummies;
 mod figures;
 mod health;
+#[cfg(target_env = "gnu")]
+mod memory;
 mod models;
 mod names;
 mod probe;
@@ -266,6 +268,8 @@ async fn run(parts: Parts, ready: std_mpsc::Sender<()>) {
     let control = Arc::new(Control::new(&settings, registry, aliases, clock));
     let mut tasks = JoinSet::new();
     tasks.spawn(service(control.clone()));
+    #[cfg(target_env = "gnu")]
+    tasks.spawn(memory::run());
     let (latch, mut released) = mpsc::channel(1);
     let leads = |position: &usize| control.workers.get(*position).is_some_and(|worker| worker.leads());
     for position in (0..control.workers.len()).filter(leads) {

@@ -16,7 +16,10 @@ use crate::control::{
     dummies::Dummies,
     health::{Change, Due, Probe, Verdict, Watch, may_eject},
 };
-use crate::telemetry::metrics::{Ejection, ProbeVerdict};
+use crate::telemetry::{
+    Resource,
+    metrics::{Ejection, ProbeVerdict},
+};
 use crate::workers::{Health, Worker};
 
 /// How often a loop looks whether a shard has marked its worker down or doubts it: the price of having no wakers across
@@ -77,10 +80,14 @@ async fn step(
     let before = worker.health();
     let busy = control.ranks(position).any(|rank| rank.in_flight() > 0);
     let began = control.clock.millis();
-    let (verdict, reason) = tokio::select! {
+    let found = tokio::select! {
         found = look(control, position, worker, dummies) => found,
         // Its verdict would count for nothing.
         () = taken_out(worker, before) => return,
+    };
+    let Some((verdict, reason)) = found else {
+        watch.skipped(control.clock.millis());
+        return;
     };
     worker.counters().probed(match verdict {
         Verdict::Good => ProbeVerdict::Good,
@@ -161,25 +168,33 @@ fn look_up_again(control: &Control, position: usize) {
     }
 }
 
-/// A probe of `/health`, and a real request where that is due.
+/// A probe of `/health`, and a real request where that is due. `None`: there was no descriptor, port or memory to ask
+/// with, which says nothing of the worker (`faults.md` P3, P4).
 async fn look(
     control: &Control,
     position: usize,
     worker: &Worker,
     dummies: &mut Option<Dummies>,
-) -> (Verdict, String) {
-    let found = probe(control, worker).await;
+) -> Option<(Verdict, String)> {
+    let found = probe(control, worker).await?;
     match dummies {
         Some(dummies) if found.0 == Verdict::Good => {
-            dummies.send(control, position, worker).await.unwrap_or(found)
+            Some(dummies.send(control, position, worker).await.unwrap_or(found))
         }
-        _ => found,
+        _ => Some(found),
     }
 }
 
-async fn probe(control: &Control, worker: &Worker) -> (Verdict, String) {
+async fn probe(control: &Control, worker: &Worker) -> Option<(Verdict, String)> {
     let limit = control.pace.probe_limit;
-    match attempt::get(worker, "/health", control.key.as_ref(), limit, BODY_BYTES).await {
+    let asked = attempt::get(worker, "/health", control.key.as_ref(), limit, BODY_BYTES).await;
+    if let Err(AttemptError::Connect(error)) = &asked
+        && Resource::of(error).is_some()
+    {
+        tracing::debug!(worker = %worker.url(), %error, "worker cannot be probed");
+        return None;
+    }
+    Some(match asked {
         Ok((status, _)) => (verdict(status), format!("health answered {}", status.as_u16())),
         Err(AttemptError::Late) => (Verdict::Late, "health did not answer in time".to_owned()),
         // A full accept queue drops what asks to connect: that is load as well.
@@ -187,7 +202,7 @@ async fn probe(control: &Control, worker: &Worker) -> (Verdict, String) {
             (Verdict::Late, "connect timed out".to_owned())
         }
         Err(error) => (Verdict::Bad, error.to_string()),
-    }
+    })
 }
 
 /// vLLM answers 200, and 503 when its engine is dead. Any other answer than a 5xx comes from a server that serves:

@@ -25,7 +25,7 @@ pub use driver::{Driver, IoChoice, Runtime};
 pub use limits::{Limits, Needs, TooLow, open_files};
 pub use settings::Settings;
 pub use socket::{Listener, ReadAhead, ReadHalf, Reserve, WriteHalf, accept_from, connect, listen};
-pub use watch::{Elapsed, Limited, ShardClock, TICK_MS, Watch, Watches};
+pub use watch::{Elapsed, Limited, Parting, ShardClock, TICK_MS, Watch, Watches};
 
 /// Waits for `millis` milliseconds on the shard's timer, at least one tick of it.
 ///

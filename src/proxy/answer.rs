@@ -2,7 +2,7 @@
 
 use crate::{
     http::{DownstreamHead, MAX_RESPONSE_HEAD_BYTES, OutFraming, Version},
-    net::{Buffer, ReadAhead},
+    net::{Buffer, Parting, ReadAhead},
     proxy::{
         client::{Outlet, grow},
         context::Context,
@@ -81,5 +81,7 @@ async fn pass_interim(outlet: &mut Outlet<'_>, version: Version) -> Result<(), F
     outlet.answer.write_downstream(&mut head, &downstream);
     let sent = outlet.send(Buffer::from_slice(&head)).await;
     outlet.scratch = head;
+    // the answer itself is still to come
+    outlet.watch.set_parting(Parting::Unanswered);
     sent.map(drop).map_err(|_| Failure::ClientGone)
 }

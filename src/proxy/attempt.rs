@@ -11,14 +11,16 @@ use futures_util::future::{MaybeDone, maybe_done};
 
 use crate::{
     http::{DownstreamHead, OutFraming, ResponseFraming, ResponseHead, UpstreamHead},
-    net::Buffer,
+    net::{Buffer, Parting},
     proxy::{
         account::Account,
         answer::{Wanted, receive},
         body::{self, Body, Sending, Sent},
+        choice::Chosen,
         client::{After, Client},
         context::Context,
         failure::SET_BACK_MS,
+        judge,
         listener::Listener,
         peek::{Peek, Seen},
         relay::{Plan, Relayed, Step, relay},
@@ -29,7 +31,7 @@ use crate::{
     telemetry::metrics::Break,
     upstream::Connection,
     vllm::{self, Unbegun},
-    workers::{InFlight, Worker},
+    workers::Worker,
 };
 
 /// The field in which vLLM tells its load to who asked for it with `endpoint-load-metrics-format` (ORCA).
@@ -70,15 +72,14 @@ pub(super) struct Manner {
     pub(super) ours: bool,
 }
 
-/// Sends the request to `worker` and its answer to the client.
+/// Sends the request to the chosen worker and its answer to the client.
 ///
 /// # Cancellation
 /// The worker's connection is closed, which makes vLLM abort the request.
 pub(super) async fn attempt(
     client: &mut Client<'_>,
     account: &Account<'_>,
-    worker: &Arc<Worker>,
-    in_flight: &mut InFlight,
+    chosen: &mut Chosen<'_>,
     body: Body,
     manner: Manner,
     retries: &mut Retries<'_>,
@@ -88,14 +89,14 @@ pub(super) async fn attempt(
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
     let may_rest = keeps || manner.ours && matches!(body, Body::Whole(_));
     let fresh = manner.fresh || !may_rest;
-    let mut connection = match checkout(client, worker, fresh).await {
+    let mut connection = match checkout(client, &chosen.worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
-    match run(client, account, worker, in_flight, &mut connection, body, manner, retries).await {
+    match run(client, account, chosen, &mut connection, body, manner, retries).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
-                cx.pool.put(worker, connection, cx.buffers.large());
+                cx.pool.put(&chosen.worker, connection, cx.buffers.large());
             }
             attempted
         }
@@ -139,18 +140,17 @@ async fn checkout(client: &Client<'_>, worker: &Arc<Worker>, fresh: bool) -> Res
 
 /// Sends the request and relays its answer, if it is worth it; both at once, because a worker may answer before it has
 /// read all.
-#[expect(clippy::too_many_arguments, reason = "it is the second half of attempt")]
 async fn run(
     client: &mut Client<'_>,
     account: &Account<'_>,
-    worker: &Worker,
-    in_flight: &mut InFlight,
+    chosen: &mut Chosen<'_>,
     connection: &mut Connection,
     body: Body,
     manner: Manner,
     retries: &mut Retries<'_>,
 ) -> Ran {
     let framing = manner.framing;
+    let Chosen { worker, trial, room, .. } = chosen;
     let Client { cx, inbox, request, outlet, head, held, .. } = client;
     let Connection { reader, writer, reused, .. } = connection;
     head.clear();
@@ -168,7 +168,7 @@ async fn run(
     let wanted = Wanted { to_head: request.is_head(), upgrade: request.upgrade().is_some(), version };
     let received = {
         // behind the control thread stand several workers, or none
-        let ours = std::ptr::eq(worker, &*cx.admin);
+        let ours = Arc::ptr_eq(worker, &cx.admin);
         let limit = if ours { 0 } else { cx.settings.response_timeout_secs.saturating_mul(1000) };
         let receiving = pin!(watch.limit(limit, receive(cx, outlet, reader, wanted, *reused)));
         alongside(sending.as_mut(), receiving, true).await
@@ -260,6 +260,7 @@ async fn run(
     }
     held.release();
     account.answered(counted);
+    judge::begins(worker, trial, counted, cx.clock.now());
     let closes = plan.closes;
     let keep_alive = request.keep_alive() && !plan.closes && !cx.watches.draining() && inbox.request_read();
     let mut answer_head = std::mem::take(&mut outlet.scratch);
@@ -284,8 +285,9 @@ async fn run(
         return Ran::Switched { head: answer_head, buffer };
     };
     let relayed = {
-        let listener = Listener::of(&outlet.answer, events, in_flight, manner.listens.then_some(account));
-        watch.set_parting(plan.is_events());
+        let listener =
+            Listener::of(&outlet.answer, events, &mut room.in_flight, manner.listens.then_some(account));
+        watch.set_parting(if plan.is_events() { Parting::Speaking } else { Parting::Silent });
         let relaying =
             pin!(relay(cx, outlet, &watch, reader, &mut plan, &answer_head, step, buffer, listener));
         alongside(sending.as_mut(), relaying, false).await
@@ -301,6 +303,7 @@ async fn run(
             account.complete();
             if plan.is_erred() {
                 cx.metrics().broke(Break::WorkerError);
+                // its engine may have died; a probe tells
                 doubt(cx, worker);
             }
             let body_sent = matches!(sending.as_mut().output_mut(), Some(Sent::Complete(_)));

@@ -6,7 +6,7 @@
 use crate::{
     base::Millis,
     http::{ChunkTracker, RequestFraming, chunk_head},
-    net::{Buffer, Elapsed, Watch, WriteHalf},
+    net::{Buffer, Elapsed, Parting, Watch, WriteHalf},
     proxy::{
         client::{Client, grow},
         context::{Context, HEADROOM, LARGE_BYTES},
@@ -248,7 +248,9 @@ impl Client<'_> {
             return Ok(());
         }
         let go_on = Buffer::from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
-        match Box::pin(self.outlet.send(go_on)).await {
+        let sent = Box::pin(self.outlet.send(go_on)).await;
+        self.outlet.watch.set_parting(Parting::Unanswered);
+        match sent {
             Ok(_) => Ok(()),
             Err(Gone) => Err(Failure::ClientGone),
         }

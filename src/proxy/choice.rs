@@ -71,8 +71,8 @@ pub(super) struct Chosen<'a> {
     pub(super) demand: Demand,
     /// The worker has not seen the request.
     pub(super) unsent: bool,
-    /// The breaker's leave, which is given back with the choice.
-    _trial: Trial,
+    /// The breaker's leave, which is given back with the choice at the latest.
+    pub(super) trial: Trial,
     /// Its place among the worker's requests in flight.
     pub(super) room: Room<'a>,
 }
@@ -115,17 +115,7 @@ pub(super) fn choose<'a>(
 ) -> Choice<'a> {
     let chosen = |position, demand, room: Room<'a>, trial| {
         let worker = room.in_flight.worker().clone();
-        Choice::Of(Chosen {
-            cx,
-            asked,
-            account,
-            position,
-            worker,
-            demand,
-            unsent: false,
-            _trial: trial,
-            room,
-        })
+        Choice::Of(Chosen { cx, asked, account, position, worker, demand, unsent: false, trial, room })
     };
     let positions = match serving {
         Serving::Workers { positions, .. } => positions,

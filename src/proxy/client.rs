@@ -5,7 +5,7 @@ use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 use crate::{
     admission::Held,
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
-    net::{Buffer, Elapsed, ReadHalf, Watch, WriteHalf, contain, wake_later},
+    net::{Buffer, Elapsed, Parting, ReadHalf, Watch, WriteHalf, contain, wake_later},
     proxy::{
         context::{Context, HEADROOM},
         exchange::exchange,
@@ -120,7 +120,6 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
                 client.outlet.watch.set_total(total);
                 let after = Box::pin(exchange(&mut client, rest)).await;
                 client.outlet.watch.set_total(0);
-                client.outlet.watch.set_parting(false);
                 after
             }
             Ok(None) => After::Close,
@@ -129,7 +128,7 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
         cx.metrics().bytes_in(inbox.take_received());
         client.shrink();
         match after {
-            After::KeepAlive => {}
+            After::KeepAlive => client.outlet.watch.set_parting(Parting::Silent),
             After::Close => return,
             After::Linger => return Box::pin(client.linger()).await,
         }
@@ -236,6 +235,7 @@ impl Outlet<'_> {
     pub(super) async fn send(&mut self, buffer: Buffer) -> Result<Buffer, Gone> {
         let len = buffer.len();
         let limit = self.cx.settings.write_timeout_secs.saturating_mul(1000);
+        self.watch.speaks();
         match self.writer.write_all_within(buffer, &self.watch, limit).await {
             Ok((Ok(()), buffer)) => {
                 self.cx.metrics().bytes_out(len as u64);

@@ -233,6 +233,12 @@ impl Context {
         self.metrics.connections_open() >= self.most_connections
     }
 
+    /// Makes room for one client by closing a connection of this shard that only waits for another request; whether
+    /// there was any.
+    pub fn makes_room(&self) -> bool {
+        self.watches.end_idle()
+    }
+
     /// A client could not be accepted: counts it, tells it once per episode, and lets go of what is not needed;
     /// true if descriptors are short.
     pub fn accept_failed(&self, error: &io::Error) -> bool {

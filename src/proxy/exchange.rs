@@ -1,11 +1,13 @@
 //! The way of one request, from its head to the end of its answer.
 //!
-//! [`exchange`] tells it from top to bottom; what it calls computes. The steps are numbered as in the crate's
+//! [`serve`] tells it from top to bottom; what it calls computes. The steps are numbered as in the crate's
 //! documentation.
+
+use std::pin::pin;
 
 use crate::{
     http::{OutFraming, RequestFraming},
-    net::{Buffer, pause},
+    net::{Buffer, Parting, pause},
     proxy::{
         account::Account,
         admit::{self, Claim, admit},
@@ -38,6 +40,20 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     let cx = client.cx;
     let endpoint = vllm::lookup(client.request.method(), client.request.path());
     let account = Account::begin(cx, endpoint.index());
+    let watch = client.outlet.watch.clone();
+    watch.set_parting(Parting::Unanswered);
+    let served = {
+        let serving = pin!(serve(client, &account, endpoint, rest));
+        watch.unless_cut(serving).await
+    };
+    match served {
+        Some(after) => after,
+        None => refuse(client, &account, &Failure::Draining).await,
+    }
+}
+
+async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoint, rest: Buffer) -> After {
+    let cx = client.cx;
     if let Some(fault) = cx.fault {
         fault(client.request.target());
     }
@@ -47,19 +63,19 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     if let Some(answer) = ours(cx, endpoint, &fleet) {
         let peek = client.peek_bytes();
         return match body::read(client, rest, false, |so_far| so_far.len() >= peek).await {
-            Ok(_) => respond(client, &account, &answer).await,
-            Err(failure) => refuse(client, &account, &failure).await,
+            Ok(_) => respond(client, account, &answer).await,
+            Err(failure) => refuse(client, account, &failure).await,
         };
     }
 
     if let Err(failure) = admit::before_body(client, endpoint) {
-        return refuse(client, &account, &failure).await;
+        return refuse(client, account, &failure).await;
     }
 
     // 3. as much of the body as the way depends on, and what it says
     let (mut body, inspected) = match inspect(client, rest, endpoint, &fleet).await {
         Ok(inspected) => inspected,
-        Err(failure) => return refuse(client, &account, &failure).await,
+        Err(failure) => return refuse(client, account, &failure).await,
     };
 
     // 4. who may serve it
@@ -67,7 +83,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         Ok(serving) => serving,
         Err(answer) => {
             cx.metrics().refused(Refusal::UnknownModel);
-            return respond(client, &account, &answer).await;
+            return respond(client, account, &answer).await;
         }
     };
     let asked = Asked::of(client, endpoint, &serving, &inspected, &mut body);
@@ -79,7 +95,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
 
     let mut pass = match admit(client, endpoint, &fleet, &serving, claim).await {
         Ok(pass) => pass,
-        Err(failure) => return refuse(client, &account, &failure).await,
+        Err(failure) => return refuse(client, account, &failure).await,
     };
 
     // 5. attempts, until one is answered
@@ -93,16 +109,16 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
         let tried = retries.tried();
         let chosen = match fresh.take() {
             Some(chosen) => Choice::Of(chosen),
-            None => choose(cx, &account, &fleet, &serving, &asked, tried, pass.take_room()),
+            None => choose(cx, account, &fleet, &serving, &asked, tried, pass.take_room()),
         };
         let mut chosen = match chosen {
             Choice::Of(chosen) => chosen,
-            Choice::Nobody => return refuse(client, &account, &last).await,
+            Choice::Nobody => return refuse(client, account, &last).await,
             Choice::Busy => {
                 let waited = admit::wait_for_room(client, &mut pass, &fleet, &serving, tried, claim);
                 match Box::pin(waited).await {
                     Ok(()) => continue,
-                    Err(failure) => return refuse(client, &account, &failure).await,
+                    Err(failure) => return refuse(client, account, &failure).await,
                 }
             }
         };
@@ -114,19 +130,17 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             listens: asked.listens,
             ours: matches!(serving, Serving::Admin),
         };
-        let in_flight = &mut chosen.room.in_flight;
-        let (failure, kept) =
-            match attempt(client, &account, &chosen.worker, in_flight, body, manner, &mut retries).await {
-                Attempted::Answered(after) => {
-                    match retries.take_passed() {
-                        Some(failure) => judge.failed(&chosen.worker, &failure),
-                        None => judge.answered(&chosen.worker, account.status()),
-                    }
-                    return after;
+        let (failure, kept) = match attempt(client, account, &mut chosen, body, manner, &mut retries).await {
+            Attempted::Answered(after) => {
+                match retries.take_passed() {
+                    Some(failure) => judge.failed(&chosen.worker, &failure),
+                    None => judge.answered(&chosen.worker, account.status()),
                 }
-                Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
-                Attempted::Failed(failure, kept) => (failure, kept),
-            };
+                return after;
+            }
+            Attempted::Refused(failure) => return refuse(client, account, &failure).await,
+            Attempted::Failed(failure, kept) => (failure, kept),
+        };
         judge.failed(&chosen.worker, &failure);
         chosen.unsent = failure.is_unsent();
 
@@ -136,15 +150,15 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             match client.outlet.watch.limit(PROBE_MS, has_died(&chosen.worker)).await {
                 Ok(()) => next = retries.next(cx, &chosen.worker, &failure, kept.is_some()),
                 Err(_) if client.outlet.watch.is_total_over() => {
-                    return refuse(client, &account, &Failure::TotalTime).await;
+                    return refuse(client, account, &Failure::TotalTime).await;
                 }
                 Err(_) => {}
             }
         }
-        let Some(kept) = kept else { return refuse(client, &account, &failure).await };
+        let Some(kept) = kept else { return refuse(client, account, &failure).await };
         body = kept;
         match next {
-            Next::GiveUp(_) => return refuse(client, &account, &failure).await,
+            Next::GiveUp(_) => return refuse(client, account, &failure).await,
             Next::Another => {}
             Next::Fresh => {
                 cx.pool.forget(&chosen.worker);
@@ -160,7 +174,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
                 // its load is not there while it is waited for
                 drop(chosen);
                 if client.outlet.watch.limit(0, pause(pause_ms)).await.is_err() {
-                    return refuse(client, &account, &Failure::TotalTime).await;
+                    return refuse(client, account, &Failure::TotalTime).await;
                 }
             }
         }

@@ -42,6 +42,9 @@ pub(super) enum Failure {
     /// Too much is going on: it is not let in. With the form of its endpoint's errors.
     #[error("{0}")]
     NotAdmitted(Refused, ErrorShape),
+    /// The time for draining is over.
+    #[error("the proxy is shutting down")]
+    Draining,
     /// There is no worker to try.
     #[error("no worker is up")]
     NoWorker,
@@ -133,6 +136,7 @@ impl Failure {
             | Self::Late
             | Self::ClientGone
             | Self::NotAdmitted(..)
+            | Self::Draining
             | Self::NoWorker
             | Self::BadAnswer(_)
             | Self::AnswerBody

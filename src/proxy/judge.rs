@@ -13,9 +13,12 @@ use std::sync::{Arc, atomic::Ordering};
 use crate::{
     base::Millis,
     net::ShardClock,
-    proxy::failure::{Failure, SET_BACK_MS},
+    proxy::{
+        failure::SET_BACK_MS,
+        retry::{Failure, Refusing},
+    },
     telemetry::metrics::Ejection,
-    workers::{Health, Turn, Worker},
+    workers::{Health, Trial, Turn, Worker},
 };
 
 /// What a failure says of the worker.
@@ -38,6 +41,8 @@ impl Weight {
             _ if failure.condemns() => Self::Fact(Ejection::EngineDead),
             Failure::Connect(_) | Failure::NoAnswer { reused: true } => Self::Nothing,
             _ if failure.is_transport() => Self::Suspicion,
+            // vLLM says neither; what stands before it does (`faults.md` §5)
+            Failure::Status(Refusing { status: 502 | 504, .. }) => Self::Suspicion,
             _ if failure.doubts() => Self::Doubt,
             _ => Self::Nothing,
         }
@@ -101,9 +106,6 @@ impl<'a> Judge<'a> {
         if !(200..300).contains(&status) {
             return;
         }
-        if worker.breaker().succeeded(now) == Turn::Closed {
-            tracing::info!(worker = worker.name(), "breaker of worker is closed");
-        }
         let suspects = self.failed.drain(..).filter(|(_, counted)| !counted);
         suspects.filter(|(suspect, _)| !suspect.shares_server(worker)).for_each(|(suspect, _)| {
             count(&suspect, now);
@@ -119,6 +121,18 @@ impl<'a> Judge<'a> {
         });
         &mut self.failed[at].1
     }
+}
+
+/// The answer of `worker` begins, with a status that is passed on. If it is good the trial has succeeded: what follows
+/// may take long, and the next one need not wait for it.
+pub(super) fn begins(worker: &Worker, trial: &mut Trial, status: u16, now: Millis) {
+    if !trial.is_probe() || !matches!(status, 101 | 200..300) {
+        return;
+    }
+    if worker.breaker().succeeded(now) == Turn::Closed {
+        tracing::info!(worker = worker.name(), "breaker of worker is closed");
+    }
+    *trial = Trial::unneeded();
 }
 
 /// Counts a failure against the worker's breaker.
@@ -154,8 +168,11 @@ mod tests {
         worker.breaker().state()
     }
 
-    fn suspicions() -> [Failure; 4] {
+    fn suspicions() -> [Failure; 6] {
+        let refused = |status| Failure::Status(Refusing { status, retry_after_secs: None });
         [
+            refused(502),
+            refused(504),
             Failure::NoAnswer { reused: false },
             Failure::AnswerCut,
             Failure::AnswerBody,
@@ -225,6 +242,7 @@ mod tests {
         let [a, b] = servers();
         let mut judge = Judge::new(&clock);
         for failure in [
+            Failure::Status(Refusing { status: 500, retry_after_secs: None }),
             Failure::ClientGone,
             Failure::Late,
             Failure::RequestBody,
@@ -243,13 +261,21 @@ mod tests {
     #[test]
     fn good_answers_close_a_half_open_breaker() {
         let clock = ShardClock::new(Clock::start());
-        let rules = BreakerRules { failures: 1, successes: 1, open_ms: 0, ..BreakerRules::default() };
+        let rules = BreakerRules { failures: 1, successes: 2, open_ms: 0, ..BreakerRules::default() };
         let worker = Arc::new(Worker::with_breaker(0, "http://a:1".parse().unwrap(), rules));
         worker.failed(0);
-        let _trial = worker.breaker().begin(clock.now()).unwrap();
-        Judge::new(&clock).answered(&worker, 404);
+        let now = clock.now();
+        let mut trial = worker.breaker().begin(now).unwrap();
+        begins(&worker, &mut trial, 404, now);
+        assert!(!worker.breaker().admits(now), "it is no verdict, and the trial goes on");
+        begins(&worker, &mut trial, 200, now);
+        assert!(worker.breaker().admits(now), "the answer may take as long as it likes");
         assert_eq!(state(&worker), BreakerState::HalfOpen);
-        Judge::new(&clock).answered(&worker, 200);
+        begins(&worker, &mut trial, 200, now);
+        assert_eq!(state(&worker), BreakerState::HalfOpen, "a trial counts once");
+        let mut second = worker.breaker().begin(now).unwrap();
+        begins(&worker, &mut second, 200, now);
         assert_eq!(state(&worker), BreakerState::Closed);
+        begins(&worker, &mut Trial::unneeded(), 200, now);
     }
 }

@@ -26,6 +26,9 @@ const RETRY_AFTER_SECS: u32 = 5;
 /// The same when all are busy.
 const BUSY_SECS: u32 = 1;
 
+/// What is said when the time for draining is over.
+const PARTING: &str = "The proxy is shutting down. Please try again.";
+
 /// An answer of ours.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
@@ -140,7 +143,7 @@ pub(super) fn last_events(endpoint: &Endpoint, reason: Break) -> Vec<u8> {
     let message = match reason {
         Break::IdleTimeout => "The worker has sent nothing for too long.",
         Break::TotalTimeout => "The request took longer than it may.",
-        Break::Draining => "The proxy is shutting down. Please try again.",
+        Break::Draining => PARTING,
         Break::BadCoding => "The worker's answer is malformed from here on.",
         Break::Empty => "The worker's answer is empty. Please try again.",
         Break::WorkerBroke | Break::SlowClient | Break::WorkerError => {
@@ -184,6 +187,11 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
         Failure::Late => (Answer::text(408, "Request Timeout"), Refusal::ClientTimeout),
         Failure::ClientGone => return None,
         Failure::NotAdmitted(refused, shape) => not_admitted(*refused, *shape),
+        Failure::Draining => {
+            let mut answer = Answer::error(503, PARTING).closing();
+            answer.retry_after_secs = Some(RETRY_AFTER_SECS);
+            (answer, Refusal::Draining)
+        }
         Failure::NoWorker | Failure::Connect(_) | Failure::NoSuchPath => {
             let mut answer = Answer::error(
                 503,

@@ -3,7 +3,7 @@
 use std::{future::poll_fn, pin::pin, task::Poll};
 
 use crate::{
-    net::Buffer,
+    net::{Buffer, Parting},
     proxy::{
         client::Outlet,
         context::{Context, LARGE_BYTES},
@@ -27,6 +27,7 @@ pub(super) async fn tunnel(
     let Connection { reader, writer, .. } = connection;
     // a conversation takes as long as it takes
     outlet.watch.set_total(0);
+    outlet.watch.set_parting(Parting::Silent);
     let watch = outlet.watch.clone();
     let limit = cx.settings.worker_write_timeout_secs.saturating_mul(1000);
     let mut down = pin!(async {

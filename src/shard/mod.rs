@@ -158,7 +158,8 @@ impl Drop for Door {
 }
 
 /// Lets clients in. Where descriptors are short it turns them away one by one with the descriptor that it holds in
-/// reserve (`faults.md` P3); where there are as many as the limit of open files allows, too.
+/// reserve (`faults.md` P3); where there are as many as the limit of open files allows, too, unless some of them rest:
+/// those make room.
 async fn accept(listener: Rc<Listener>, cx: Rc<Context>, door: Rc<Door>) {
     let farewells = Rc::new(Cell::new(0));
     loop {
@@ -169,7 +170,7 @@ async fn accept(listener: Rc<Listener>, cx: Rc<Context>, door: Rc<Door>) {
                 pause(CLOSE_PAUSE_MS).await;
                 door.hold();
             }
-            Ok((reader, writer)) if cx.is_full() => {
+            Ok((reader, writer)) if cx.is_full() && !cx.makes_room() => {
                 if farewells.get() < MOST_FAREWELLS {
                     spawn(farewell(cx.clone(), reader, writer, farewells.clone()));
                 } else {

@@ -1,6 +1,9 @@
 //! Breakers: what opens one, what does not, and the way back.
 
-use crate::support::{Gate, Proxy, Worker, answer, client, eventually, proxy, script, variants, worker};
+use crate::support::{
+    Gate, Proxy, Worker, answer, client, eventually, proxy, script, sse_event, variants, worker,
+    worker::{sse_end, sse_head},
+};
 
 /// An hour: what happens is learnt from requests and doubts, not from the clock.
 const NEVER: &str = "3600";
@@ -125,6 +128,34 @@ variants! {
             proxy.client().chat("m").expect(200);
             breaker(&proxy, &failing) == 0.0
         });
+    }
+
+    fn breaker_half_open_does_not_wait_for_the_end_of_a_long_stream(v: Variant) {
+        const PATH: &str = "/v1/completions";
+        let gate = Gate::new();
+        let begin = || script().send(sse_head()).send(sse_event("one"));
+        let failing = worker().on(PATH, begin().wait(&gate).send(sse_end())).start();
+        let steady = worker().on(PATH, begin().send(sse_end())).start();
+        let proxy = proxy(v).worker(&failing).worker(&steady).arg("--policy", "round_robin")
+            .arg("--health-check-interval-secs", NEVER).arg("--health-check-window-size", "0")
+            .arg("--cb-failure-threshold", "2").arg("--cb-success-threshold", "2").arg("--cb-timeout-duration-secs", "1")
+            .start();
+        trip(&proxy, &failing, 2);
+        failing.forget();
+        let mut stream = eventually("a long stream is the trial", || {
+            let mut client = proxy.client();
+            client.send(client::post(PATH, r#"{"model":"m","prompt":"x","stream":true}"#));
+            client.read_until("\"one\"");
+            (failing.requests().len() == 1).then_some(client)
+        });
+        assert_eq!(breaker(&proxy, &failing), 2.0, "it has begun well, and one more must");
+        eventually("the next trial closes it", || {
+            proxy.client().chat("m").expect(200);
+            breaker(&proxy, &failing) == 0.0
+        });
+        eventually("the stream goes on", || gate.waiting() == 1);
+        gate.open();
+        stream.read_until("0\r\n\r\n");
     }
 
     fn breaker_that_is_switched_off_never_opens(v: Variant) {

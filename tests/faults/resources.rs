@@ -34,9 +34,11 @@ impl Limited {
         command.args(["-c", &limits, env!("CARGO_BIN_EXE_vllm-proxy")]);
         let io = if v.io == Io::Uring { "uring" } else { "epoll" };
         let (threads, url) = (v.shards.to_string(), worker.url());
-        let flags = ["--no-pin", "--io", io, "--threads", &threads, "--health-check-interval-secs", NEVER];
+        let probes = "--health-check-interval-secs";
+        let flags = ["--no-pin", "--io", io, "--threads", &threads, probes, NEVER];
+        let flags = if more.contains(&probes) { &flags[..5] } else { &flags };
         let quiet = ["--model-refresh-secs", NEVER, "--engine-stats-interval", "0", "--worker-urls", &url];
-        let (child, addr, log) = binary_with_log(command, &[&flags[..], more, &quiet].concat(), |_| ());
+        let (child, addr, log) = binary_with_log(command, &[flags, more, &quiet].concat(), |_| ());
         let limited = Self { child, addr, log };
         eventually("it knows its worker", || limited.client().get("/health").status == 200);
         limited
@@ -155,6 +157,24 @@ variants! {
         assert_eq!(limited.log.lines_with("worker is down").len(), 0, "{:?}", limited.log);
     }
 
+    fn p3_a_probe_without_a_descriptor_blames_nobody(v: Variant) {
+        let worker = worker().start();
+        let probes = ["--health-check-interval-secs", "0.05", "--verbosity", "Debug"];
+        let limited = Limited::start(v, &worker, HARD, HARD, &probes);
+        let mut old = limited.client();
+        old.get("/health").expect(200);
+        limited.exhaust();
+        let mut staying = Vec::new();
+        eventually("probes cannot be made, again and again", || {
+            limited.fill(&mut staying);
+            limited.log.lines_with("worker cannot be probed").len() >= 5
+        });
+        old.get("/health").expect(200);
+        limited.limit(HARD);
+        eventually("new clients are served", || limited.client().chat("m").status == 200);
+        assert_eq!(limited.log.lines_with("worker is down").len(), 0, "{:?}", limited.log);
+    }
+
     fn p3_half_of_the_descriptors_are_kept_for_workers(v: Variant) {
         let worker = worker().start();
         let limited = Limited::start(v, &worker, 64, 160, &[]);
@@ -168,10 +188,15 @@ variants! {
         let mut clients: Vec<Client> = (0..most).map(|_| limited.client()).collect();
         for client in &mut clients {
             client.get("/health").expect(200);
+            client.send("GET /health HTTP/1.1\r\n");
         }
         let mut one_more = limited.client();
         assert_turned_away(&one_more.get("/health"));
         one_more.expect_closed();
+        for client in &mut clients {
+            client.send("host: a\r\n\r\n");
+            client.response().expect(200);
+        }
         // all of them at once, each with a connection to the worker
         for client in &mut clients {
             client.send(client::post("/v1/chat/completions", client::chat("m")));
@@ -183,6 +208,27 @@ variants! {
         eventually("there is room again", || limited.client().get("/health").status == 200);
         assert!(limited.metric("vllm_proxy_shed_connections_total{reason=\"limit\"}") >= 1.0);
         assert_eq!(limited.metric("vllm_proxy_shed_connections_total{reason=\"descriptors\"}"), 0.0);
+    }
+
+    fn p3_clients_that_rest_make_room_for_others(v: Variant) {
+        let worker = worker().start();
+        if v.shards > 1 {
+            // a shard closes its own only, and who comes to which is up to the kernel
+            return;
+        }
+        let limited = Limited::start(v, &worker, 160, 160, &[]);
+        let most = limited.metric("vllm_proxy_connections_max") as usize;
+        let mut clients: Vec<Client> = Vec::new();
+        for _ in 0..3 * most {
+            let mut client = limited.client();
+            client.chat("m").expect(200);
+            clients.push(client);
+        }
+        assert_eq!(limited.metric("vllm_proxy_shed_connections_total{reason=\"limit\"}"), 0.0);
+        let open = limited.metric("vllm_proxy_connections_open");
+        assert!(open <= most as f64, "{open} of {most}");
+        clients[0].expect_closed();
+        clients.last_mut().unwrap().chat("m").expect(200);
     }
 
     fn p4_without_ports_nobody_is_blamed(v: Variant) {

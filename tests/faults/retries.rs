@@ -367,10 +367,13 @@ variants! {
     }
 
     fn u14_an_empty_document_is_asked_for_elsewhere(v: Variant) {
-        let (failing, well) = (failing(CHAT, script().send(json_answer(""))), worker().start());
-        let proxy = turns(v, [&failing, &well]).start();
-        two_chats(&proxy);
-        assert_made_good(&proxy, &failing, "empty_answer");
+        let untyped = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".as_bytes().to_vec();
+        for empty in [json_answer(""), untyped] {
+            let (failing, well) = (failing(CHAT, script().send(empty)), worker().start());
+            let proxy = turns(v, [&failing, &well]).start();
+            two_chats(&proxy);
+            assert_made_good(&proxy, &failing, "empty_answer");
+        }
     }
 
     fn u14_an_answer_without_content_is_never_passed_on_as_a_success(v: Variant) {

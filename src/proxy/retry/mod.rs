@@ -2,7 +2,7 @@
 
 use crate::{
     base::Millis,
-    http::ResponseHead,
+    http::{ResponseFraming, ResponseHead},
     proxy::{
         RetrySettings,
         budget::{Budget, Spent},
@@ -53,13 +53,14 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// As the head says.
+    /// As the head says. What is empty is no stream and should have been a document (`faults.md` U14).
     pub(super) fn of(answer: &ResponseHead) -> Self {
         const JSON: &[u8] = b"application/json";
         let kind = answer.content_type().unwrap_or_default();
         match kind.get(..JSON.len()) {
             Some(essence) if essence.eq_ignore_ascii_case(JSON) => Self::Json,
             _ if answer.is_event_stream() => Self::Events,
+            _ if answer.framing() == ResponseFraming::Length(0) => Self::Json,
             _ => Self::Other,
         }
     }

@@ -10,6 +10,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     os::fd::RawFd,
     pin::Pin,
     rc::{Rc, Weak},
@@ -70,6 +71,18 @@ enum Ends {
     Cut,
 }
 
+/// What a task does when everything is cut.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Parting {
+    /// It ends where it stands.
+    #[default]
+    Silent,
+    /// It has said nothing yet to a request: [`Watch::unless_cut`] gives it up, so that this can be said.
+    Unanswered,
+    /// It says its last words, or what it says ends by itself soon.
+    Speaking,
+}
+
 /// How long a task that has something to say may live on after everything was cut, in milliseconds.
 const PARTING_MS: u64 = 1000;
 
@@ -84,8 +97,8 @@ pub struct Watch {
     total: Cell<Millis>,
     /// Phases that were found waiting; wraps around.
     waits: Cell<u32>,
-    /// Whether the task says something before it ends when everything is cut.
-    parting: Cell<bool>,
+    /// What the task does when everything is cut.
+    parting: Cell<Parting>,
     /// Whether draining ends the phase at once.
     idle: Cell<bool>,
     waker: RefCell<Option<Waker>>,
@@ -94,7 +107,7 @@ pub struct Watch {
     cut: Rc<Cell<Millis>>,
     /// The client's socket, while nothing is read from it.
     unread: Cell<Option<RawFd>>,
-    /// The client went away while nothing was read from it.
+    /// The client went away while nothing was read from it, or its place is needed.
     gone: Cell<bool>,
 }
 
@@ -103,6 +116,12 @@ impl Watch {
     /// client is still there.
     pub(super) fn reading(&self, unread: Option<RawFd>) {
         self.unread.set(unread);
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
     }
 
     fn look(&self) {
@@ -120,19 +139,27 @@ impl Watch {
         }
     }
 
-    /// Whether the task must end at once: everything is cut, or its client has gone unnoticed.
+    /// Whether the task must end at once: everything is cut, its client has gone unnoticed, or has to.
     pub fn is_cut(&self) -> bool {
         if self.gone.get() {
             return true;
         }
         let cut = self.cut.get();
-        cut != Millis::MAX && (!self.parting.get() || self.clock.now() >= cut.saturating_add(PARTING_MS))
+        let silent = self.parting.get() == Parting::Silent;
+        cut != Millis::MAX && (silent || self.clock.now() >= cut.saturating_add(PARTING_MS))
     }
 
-    /// Whether the task is given a moment to say something when everything is cut; a phase of
-    /// [`Watch::stream_until`] tells it then.
-    pub fn set_parting(&self, parting: bool) {
+    /// What the task does when everything is cut; while it has something to say it is given a moment for that, and a
+    /// phase of [`Watch::stream_until`] or [`Watch::unless_cut`] tells it when.
+    pub fn set_parting(&self, parting: Parting) {
         self.parting.set(parting);
+    }
+
+    /// Something is said to the client: it is too late for an answer in its place.
+    pub fn speaks(&self) {
+        if self.parting.get() == Parting::Unanswered {
+            self.parting.set(Parting::Speaking);
+        }
     }
 
     /// Whether everything was cut, and what is still to be said must be said now.
@@ -186,6 +213,20 @@ impl Watch {
     /// As `phase`.
     pub fn stream_until<T, F: Future<Output = T>>(&self, deadline: Millis, phase: F) -> Limited<'_, F> {
         self.phase(deadline, Ends::Cut, phase)
+    }
+
+    /// Runs `exchange` to its end; `None` if everything was cut while nothing had been said.
+    ///
+    /// # Cancellation
+    /// As `exchange`, which is not polled any more after `None`.
+    pub async fn unless_cut<T>(&self, mut exchange: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        poll_fn(|context| {
+            if self.is_ending() && self.parting.get() == Parting::Unanswered {
+                return Poll::Ready(None);
+            }
+            exchange.as_mut().poll(context).map(Some)
+        })
+        .await
     }
 
     fn phase<F>(&self, deadline: Millis, ends: Ends, phase: F) -> Limited<'_, F> {
@@ -270,13 +311,15 @@ pub struct Watches {
     draining: Rc<Cell<bool>>,
     cut: Rc<Cell<Millis>>,
     watches: RefCell<Vec<Weak<Watch>>>,
+    /// How many of them were asked to make room since the last tick.
+    looked_at: Cell<usize>,
 }
 
 impl Watches {
     /// None yet.
     pub fn new(clock: Rc<ShardClock>) -> Self {
         let cut = Rc::new(Cell::new(Millis::MAX));
-        Self { clock, draining: Rc::default(), cut, watches: RefCell::default() }
+        Self { clock, draining: Rc::default(), cut, watches: RefCell::default(), looked_at: Cell::default() }
     }
 
     /// A watch for one task, forgotten when dropped.
@@ -286,7 +329,7 @@ impl Watches {
             deadline: Cell::new(Millis::MAX),
             total: Cell::new(Millis::MAX),
             waits: Cell::new(0),
-            parting: Cell::new(false),
+            parting: Cell::default(),
             idle: Cell::new(false),
             waker: RefCell::default(),
             draining: self.draining.clone(),
@@ -315,14 +358,32 @@ impl Watches {
         }
     }
 
+    /// Ends a task that waits for nothing that has begun ([`Watch::idle`]), the oldest of them; false if there is none.
+    /// All tasks are looked at once per tick, however often this is asked.
+    pub fn end_idle(&self) -> bool {
+        let watches = self.watches.borrow();
+        for watch in watches.iter().skip(self.looked_at.get()) {
+            self.looked_at.set(self.looked_at.get() + 1);
+            if let Some(watch) = watch.upgrade()
+                && watch.idle.get()
+                && !watch.gone.replace(true)
+            {
+                watch.wake();
+                return true;
+            }
+        }
+        false
+    }
+
     /// Takes the time and wakes whose limit is over. To be called every [`TICK_MS`].
     pub fn tick(&self) {
         self.clock.now.set(self.clock.clock.millis());
+        self.looked_at.set(0);
         self.watches.borrow_mut().retain(|watch| {
             let Some(watch) = watch.upgrade() else { return false };
             watch.look();
-            if let (true, Some(waker)) = (watch.is_due(), watch.waker.borrow().as_ref()) {
-                waker.wake_by_ref();
+            if watch.is_due() {
+                watch.wake();
             }
             true
         });
@@ -330,131 +391,4 @@ impl Watches {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::{future::pending, pin::pin};
-
-    fn poll<T>(task: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
-        task.poll(&mut Context::from_waker(Waker::noop()))
-    }
-
-    fn watches() -> Watches {
-        Watches::new(Rc::new(ShardClock::new(Clock::start())))
-    }
-
-    #[test]
-    fn a_phase_ends_when_its_time_is_over_and_not_before() {
-        let watches = watches();
-        let watch = watches.watch();
-        let mut phase = pin!(watch.limit(50, pending::<()>()));
-        assert_eq!(poll(phase.as_mut()), Poll::Pending);
-        watches.clock.now.set(watches.clock.now() + 49);
-        assert_eq!(poll(phase.as_mut()), Poll::Pending);
-        watches.clock.now.set(watches.clock.now() + 1);
-        assert_eq!(poll(phase.as_mut()), Poll::Ready(Err(Elapsed)));
-    }
-
-    #[test]
-    fn no_limit_is_no_limit() {
-        let watches = watches();
-        let watch = watches.watch();
-        let mut phase = pin!(watch.limit(0, pending::<()>()));
-        watches.clock.now.set(Millis::MAX - 1);
-        assert_eq!(poll(phase.as_mut()), Poll::Pending);
-    }
-
-    #[test]
-    fn draining_ends_idle_phases_only() {
-        let watches = watches();
-        let (one, two) = (watches.watch(), watches.watch());
-        let mut idle = pin!(one.idle(1_000_000, pending::<()>()));
-        let mut busy = pin!(two.limit(1_000_000, pending::<()>()));
-        assert_eq!(poll(idle.as_mut()), Poll::Pending);
-        assert_eq!(poll(busy.as_mut()), Poll::Pending);
-        watches.drain();
-        assert_eq!(poll(idle.as_mut()), Poll::Ready(Err(Elapsed)));
-        assert_eq!(poll(busy.as_mut()), Poll::Pending);
-    }
-
-    #[test]
-    fn phases_within_and_beside_each_other_each_end_in_their_own_time() {
-        let watches = watches();
-        let watch = watches.watch();
-        let mut inner = pin!(watch.limit(50, pending::<()>()));
-        let mut outer = pin!(watch.limit(200, async {
-            assert_eq!(inner.as_mut().await, Err(Elapsed), "the inner one is over first");
-            pending::<()>().await;
-        }));
-        let mut beside = pin!(watch.limit(100, pending::<()>()));
-        let begin = watches.clock.now();
-        for (after, wanted) in [(0, 0), (49, 0), (50, 1), (99, 1), (100, 2), (200, 2)] {
-            watches.clock.now.set(begin + after);
-            let due = watch.is_due();
-            assert_eq!(due, [50, 100, 200].contains(&after), "woken after {after} ms");
-            let outer = poll(outer.as_mut());
-            assert_eq!(outer.is_ready(), after >= 200, "{after}");
-            if wanted < 2 || after == 100 {
-                assert_eq!(poll(beside.as_mut()).is_ready(), wanted == 2, "{after}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_limit_of_the_whole_ends_every_phase_and_can_be_taken_away() {
-        let watches = watches();
-        let watch = watches.watch();
-        watch.set_total(100);
-        let mut unlimited = pin!(watch.limit(0, pending::<()>()));
-        let mut long = pin!(watch.stream_until(Millis::MAX, pending::<()>()));
-        assert!(poll(unlimited.as_mut()).is_pending() && poll(long.as_mut()).is_pending());
-        assert!(!watch.is_total_over());
-        watches.clock.now.set(watches.clock.now() + 100);
-        assert!(watch.is_due() && watch.is_total_over());
-        assert_eq!(poll(unlimited.as_mut()), Poll::Ready(Err(Elapsed)));
-        assert_eq!(poll(long.as_mut()), Poll::Ready(Err(Elapsed)));
-        watch.set_total(0);
-        assert!(!watch.is_total_over());
-        assert!(poll(pin!(watch.limit(1, pending::<()>()))).is_pending());
-    }
-
-    #[test]
-    fn what_has_last_words_is_told_of_the_cut_and_lives_on_for_a_moment() {
-        let watches = watches();
-        let (silent, speaking) = (watches.watch(), watches.watch());
-        speaking.set_parting(true);
-        let mut stream = pin!(speaking.stream_until(Millis::MAX, pending::<()>()));
-        assert!(poll(stream.as_mut()).is_pending());
-        watches.cut();
-        assert!(silent.is_cut() && !speaking.is_cut());
-        assert!(silent.is_due() && speaking.is_due());
-        assert_eq!(poll(stream.as_mut()), Poll::Ready(Err(Elapsed)));
-        watches.clock.now.set(watches.clock.now() + PARTING_MS);
-        watches.cut();
-        assert!(speaking.is_cut(), "not for longer than that, however often everything is cut");
-    }
-
-    #[test]
-    fn u10_ten_minutes_of_silence_end_no_phase_without_a_limit() {
-        let watches = watches();
-        let watch = watches.watch();
-        watch.set_total(0);
-        let mut head = pin!(watch.limit(0, pending::<()>()));
-        let mut first_event = pin!(watch.stream_until(watch.deadline_in(0), pending::<()>()));
-        for _ in 0..600 {
-            watches.clock.now.set(watches.clock.now() + 1000);
-            assert!(!watch.is_due());
-            assert!(poll(head.as_mut()).is_pending() && poll(first_event.as_mut()).is_pending());
-        }
-    }
-
-    #[test]
-    fn a_dropped_watch_is_forgotten() {
-        let watches = watches();
-        let watch = watches.watch();
-        watches.tick();
-        assert_eq!(watches.watches.borrow().len(), 1);
-        drop(watch);
-        watches.tick();
-        assert_eq!(watches.watches.borrow().len(), 0);
-    }
-}
+mod tests;
