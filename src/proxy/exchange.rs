@@ -1,7 +1,8 @@
 //! The way of one request, from its head to the end of its answer.
 //!
 //! [`exchange`] tells it from top to bottom; what it calls computes. The steps are numbered as in the crate's
-//! documentation.
+//! documentation. Steps 4 to 6 stand once more in `simulation/exchange.rs`, without sockets: who changes the order of
+//! what is called here changes it there.
 
 use crate::{
     http::{OutFraming, RequestFraming},
@@ -80,7 +81,7 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
     // 5. attempts, until one is answered
     let asked_for = repeatable(client, endpoint, &inspected);
     let mut retries = Retries::new(&cx.retries, &cx.retry_budget, &fleet, serving.positions(), asked_for);
-    let mut judge = Judge::new(&cx.clock);
+    let mut judge = Judge::new();
     let mut fresh: Option<Chosen<'_>> = None;
     let mut last = Failure::NoWorker;
     loop {
@@ -114,19 +115,19 @@ pub(super) async fn exchange(client: &mut Client<'_>, rest: Buffer) -> After {
             match attempt(client, &account, &chosen.worker, in_flight, body, manner, &mut retries).await {
                 Attempted::Answered(after) => {
                     match retries.take_passed() {
-                        Some(failure) => judge.failed(&chosen.worker, &failure),
-                        None => judge.answered(&chosen.worker, account.status()),
+                        Some(failure) => judge.failed(&chosen.worker, &failure, cx.clock.now()),
+                        None => judge.answered(&chosen.worker, account.status(), cx.clock.now()),
                     }
                     return after;
                 }
                 Attempted::Refused(failure) => return refuse(client, &account, &failure).await,
                 Attempted::Failed(failure, kept) => (failure, kept),
             };
-        judge.failed(&chosen.worker, &failure);
+        judge.failed(&chosen.worker, &failure, cx.clock.now());
         chosen.unsent = failure.is_unsent();
 
         // 6. another attempt?
-        let next = retries.next(cx, &chosen.worker, &failure, kept.is_some());
+        let next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some());
         let Some(kept) = kept else { return refuse(client, &account, &failure).await };
         body = kept;
         match next {
