@@ -20,7 +20,7 @@ pub(crate) mod judge;
 mod listener;
 pub(crate) mod peek;
 mod relay;
-mod respond;
+pub(crate) mod respond;
 pub(crate) mod retry;
 mod serving;
 mod settings;
