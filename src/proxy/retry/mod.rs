@@ -165,7 +165,10 @@ impl Failure {
 
     /// What another attempt is counted as among those that an exchange gets one of.
     fn once(&self, fresh: bool) -> u32 {
-        let reason = if fresh { Some(Retry::ConnectionLost) } else { self.reason() };
+        let reason = match self {
+            Self::Connect(_) if fresh => Some(Retry::ConnectionLost),
+            _ => self.reason(),
+        };
         reason.map_or(0, |reason| 1 << reason as u32)
     }
 }
