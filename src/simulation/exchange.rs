@@ -259,6 +259,7 @@ async fn queue<'a>(
                 fleet: fleet.clone(),
                 positions: positions.to_vec(),
                 tried: tried.clone(),
+                served: Cell::new(u64::MAX),
                 woken: Cell::new(false),
             });
             let until = (began + world.queue_timeout_ms).min(request.deadline);
@@ -435,7 +436,7 @@ async fn attempt(
     if reused && time.chance.is(0.03) {
         return Attempted::Failed(Failure::NoAnswer { reused }, kept);
     }
-    world.ledger.sent(request, position);
+    world.ledger.sent(request, position, time.now());
     let incarnation = server.incarnation(time.now());
     let head_until = time.now().saturating_add(world.rules.response_timeout_ms);
     let reply = match answer(world, request, position, incarnation, reused, head_until).await {
@@ -463,6 +464,9 @@ async fn attempt(
     }
     if matches!(seen, Seen::Poor(Failure::ModelLost)) && !retries.is_listed(request.body.as_bytes()) {
         seen = Seen::Pass;
+    }
+    if let (Seen::Poor(Failure::Busy(_) | Failure::Status(_)), Some(seconds)) = (&seen, retry_after_secs) {
+        world.ledger.barred(request, position, world.ticked() + 1_000 * seconds);
     }
     let mut counted = status;
     if let Seen::Poor(failure) = seen {

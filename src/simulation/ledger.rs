@@ -85,6 +85,8 @@ pub(super) struct Story {
     pub(super) over_budget: Cell<bool>,
     /// The last failure is one after which there never is another attempt.
     pub(super) is_final: Cell<bool>,
+    /// Workers that want to be left alone, until when.
+    barred: RefCell<Vec<(usize, Millis)>>,
     /// The attempt that runs is one that costs of the budget.
     spends: Cell<bool>,
     outcome: Cell<Option<Outcome>>,
@@ -143,6 +145,8 @@ pub(super) struct Waits {
     pub(super) fleet: Arc<Fleet>,
     pub(super) positions: Vec<usize>,
     pub(super) tried: Tried,
+    /// At which event it was let in; not yet: the largest number.
+    pub(super) served: Cell<u64>,
     /// It was called, and its task is to be woken.
     pub(super) woken: Cell<bool>,
 }
@@ -222,11 +226,21 @@ impl Ledger {
     }
 
     /// A worker was given the request.
-    pub(super) fn sent(&self, request: &Request, position: usize) {
+    pub(super) fn sent(&self, request: &Request, position: usize, now: Millis) {
+        let barred = |(of, until): &(usize, Millis)| *of == position && now < *until;
+        assert!(
+            !request.story.barred.borrow().iter().any(barred),
+            "{position} was asked before the time that it had named: {request:?}"
+        );
         let mut sent = request.story.sent.borrow_mut();
         assert!(!request.story.begun.get(), "sent again after the answer had begun: {request:?}");
         assert!(request.always || sent.is_empty(), "a stateful request was sent twice: {request:?}");
         sent.push(position);
+    }
+
+    /// A worker wants to be left alone.
+    pub(super) fn barred(&self, request: &Request, position: usize, until: Millis) {
+        request.story.barred.borrow_mut().push((position, until));
     }
 
     /// A worker dies of the request.

@@ -247,6 +247,9 @@ impl World {
             assert!(used <= u64::from(self.rules.slots), "{used} slots are in use");
             assert_eq!(used, ledger.permits.get() + called, "slots in use");
         }
+        for waits in waiting.iter().filter(|waits| waits.waiter.is_served()) {
+            waits.served.set(waits.served.get().min(ledger.event()));
+        }
         let waits = |waits: &&Waits| !waits.waiter.is_called();
         let count = waiting.iter().filter(waits).count() as u64;
         assert_eq!(admission.waiting(), count, "who waits");
@@ -268,19 +271,14 @@ impl World {
         }
     }
 
-    /// Of one who waits: nobody went before it who came after it in order, and it does not wait for what is there.
+    /// Of one who waits: nobody whom it goes before was let in while it waited, and it does not wait for what is there.
     fn check_waits(&self, waits: &Waits, all: &[Waits]) {
         let now = self.time.now();
         assert!(now <= waits.until, "it waits for longer than it may");
         for other in all.iter().filter(|other| other.waiter.is_served() && other.of == waits.of) {
-            let earlier = waits.joined < self.ledger.event() && waits.joined <= other.joined;
-            assert!(
-                !(earlier && waits.priority < other.priority),
-                "{} was let in before {}, which waits since {}",
-                other.priority,
-                waits.priority,
-                waits.since
-            );
+            let overtaken = waits.joined < other.served.get() && waits.priority < other.priority;
+            let (own, its) = (waits.priority, other.priority);
+            assert!(!overtaken, "{its} was let in before {own}, which waits since {}", waits.since);
         }
         let free = self.admission.as_ref().is_none_or(|admission| {
             self.rules.slots == 0 || admission.in_use() < u64::from(self.rules.slots)
