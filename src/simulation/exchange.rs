@@ -429,7 +429,7 @@ async fn attempt(
     if server.state(time.now()) == State::Refuses {
         return Attempted::Failed(Failure::Connect(io::Error::from_raw_os_error(libc::ECONNREFUSED)), true);
     }
-    if !reused && time.chance.is(world.rules.short_of_ports) {
+    if !reused && !request.settled && time.chance.is(world.rules.short_of_ports) {
         let short = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
         return Attempted::Failed(Failure::Connect(short), true);
     }

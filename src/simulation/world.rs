@@ -215,7 +215,8 @@ impl World {
 
     fn is_well(&self) -> bool {
         let well = |(at, worker): (usize, &Arc<Worker>)| {
-            worker.usable()
+            self.servers[at].state(self.time.now()) == State::Good
+                && worker.usable()
                 && !worker.rests()
                 && worker.breaker().state() == BreakerState::Closed
                 && self.learnt.borrow()[at] == self.servers[at].models
