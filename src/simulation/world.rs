@@ -178,7 +178,7 @@ impl World {
         self.clients.set(Clients::Wait);
         let healed = self.time.now();
         self.until(healed + self.rules.recovery_ms(), || self.is_well());
-        let sick = || self.workers.iter().map(|worker| (worker.health(), worker.breaker().state()));
+        let sick = || self.workers.iter().map(|worker| (worker.health(), worker.breaker()));
         assert!(self.is_well(), "not all workers are well again: {:?}", sick().collect::<Vec<_>>());
         self.clients.set(Clients::Settle);
         self.until(self.time.now() + CALM_MS, || false);
@@ -403,6 +403,10 @@ async fn client(world: Rc<World>, request: Rc<Request>) {
     let outcome = {
         let mut running = Box::pin(exchange(&world, &request));
         let mut poll = || {
+            // it may leave in the very moment in which it is called
+            if world.time.now() >= request.leaves_at {
+                return None;
+            }
             let waker = std::task::Waker::noop();
             match running.as_mut().poll(&mut std::task::Context::from_waker(waker)) {
                 std::task::Poll::Ready(outcome) => Some(outcome),
