@@ -106,13 +106,17 @@ pub(super) async fn exchange(world: &World, request: &Request) -> Outcome {
         let (failure, kept) = match attempt(world, request, &chosen, on_fresh, &mut retries).await {
             Attempted::Answered(status) => {
                 match retries.take_passed() {
-                    Some(failure) => judge.failed(&chosen.worker, &failure, world.ticked()),
+                    Some(failure) => {
+                        world.ledger.failed(chosen.pick.position, &failure);
+                        judge.failed(&chosen.worker, &failure, world.ticked());
+                    }
                     None => judge.answered(&chosen.worker, status, world.ticked()),
                 }
                 return Outcome::Answered(status);
             }
             Attempted::Failed(failure, kept) => (failure, kept),
         };
+        world.ledger.failed(chosen.pick.position, &failure);
         judge.failed(&chosen.worker, &failure, world.ticked());
         chosen.unsent = failure.is_unsent();
 

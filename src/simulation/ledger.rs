@@ -176,6 +176,8 @@ pub(super) struct Ledger {
     tokens: Cell<(u64, Millis)>,
     /// Trials of half-open breakers that run: worker, and number.
     trials: RefCell<Vec<(usize, u64)>>,
+    /// Failures that may count against a worker's breaker, by worker, since it last opened.
+    blame: Vec<Cell<u32>>,
     events: Cell<u64>,
     pub(super) requests: RefCell<Vec<Rc<Request>>>,
     /// What came to pass, so that a seed in which nothing does shows.
@@ -205,7 +207,8 @@ pub(super) fn add(count: &Cell<u64>) {
 impl Ledger {
     pub(super) fn of(workers: usize) -> Self {
         let in_flight = (0..workers).map(|_| Cell::new(0)).collect();
-        Self { in_flight, tokens: Cell::new((BURST, 0)), ..Self::default() }
+        let blame = (0..workers).map(|_| Cell::new(0)).collect();
+        Self { in_flight, blame, tokens: Cell::new((BURST, 0)), ..Self::default() }
     }
 
     pub(super) fn event(&self) -> u64 {
@@ -310,6 +313,30 @@ impl Ledger {
             }
             _ => {}
         }
+    }
+
+    /// A worker failed: what may count are transport errors and dead engines, and nothing else.
+    pub(super) fn failed(&self, position: usize, failure: &Failure) {
+        let counts = matches!(
+            failure,
+            Failure::Connect(_)
+                | Failure::NoAnswer { reused: false }
+                | Failure::AnswerCut
+                | Failure::AnswerBody
+                | Failure::Unexpected(_)
+                | Failure::EngineDead
+                | Failure::Unbegun(Unbegun::EngineDead)
+        );
+        if counts {
+            self.blame[position].set(self.blame[position].get() + 1);
+        }
+    }
+
+    /// The breaker of a worker has opened.
+    pub(super) fn opened(&self, position: usize, failures: u32) {
+        add(&self.tally.opened);
+        let blame = self.blame[position].replace(0);
+        assert!(blame >= failures, "the breaker of {position} has opened after {blame} failures");
     }
 
     fn left(&self, now: Millis) -> u64 {

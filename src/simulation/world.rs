@@ -267,7 +267,7 @@ impl World {
             self.ledger.overtaken(position);
         }
         if (before, state) == (BreakerState::Closed, BreakerState::Open) {
-            add(&self.ledger.tally.opened);
+            self.ledger.opened(position, self.rules.breaker.failures);
             assert!(self.rules.kind != Kind::Poison, "one client has opened the breaker of {position}");
         }
     }
