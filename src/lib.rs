@@ -86,6 +86,8 @@ pub mod net;
 pub mod proxy;
 pub mod routing;
 pub mod shard;
+#[cfg(test)]
+mod simulation;
 pub mod telemetry;
 pub mod upstream;
 pub mod vllm;

@@ -24,6 +24,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("config",      &["base", "telemetry", "workers", "healthcheck", SETTINGS]),
     ("demo",        &["base", "telemetry", "workers", "http", "vllm"]),
     ("app",         &[EVERYTHING]),
+    // a test of what decides, in whatever module it stands
+    ("simulation",  &[EVERYTHING]),
 ];
 
 /// `crate::<any module>::Settings`, or `crate::<any module>` alone in a `use`.

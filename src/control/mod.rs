@@ -13,7 +13,7 @@
 mod attempt;
 mod dummies;
 mod figures;
-mod health;
+pub(crate) mod health;
 #[cfg(target_env = "gnu")]
 mod memory;
 mod models;

@@ -17,6 +17,7 @@ use crate::{
         Admission, Admitted, Entry, Full, Newcomer, Permit, Reason, Refused, Room, RoomWanted, Settings,
         Waiter, Waiting,
     },
+    base::Millis,
     http::RequestFraming,
     proxy::{
         body::Body,
@@ -36,7 +37,7 @@ use crate::{
 const MEMORY_RETRY_MICROS: u64 = 5_000_000;
 
 /// How often a request waits for room at most: each attempt may.
-const MAX_WAITS: u32 = 16;
+pub(crate) const MAX_WAITS: u32 = 16;
 
 /// What one shard needs to let requests in.
 pub(super) struct Entrance {
@@ -222,7 +223,13 @@ async fn queue<'a>(
 ) -> Result<Pass<'a>, Failure> {
     let cx = client.cx;
     let Claim { priority, key } = claim;
-    let room = room_wanted(cx, fleet, serving, tried);
+    let room = match serving {
+        Serving::Workers { positions, .. } => {
+            let (clock, terms) = (cx.clock.exact(), Terms { random: cx.random(), ..cx.terms });
+            room_wanted(&fleet.shared(), positions, tried, terms, move || clock.millis())
+        }
+        Serving::Admin => None,
+    };
     let newcomer = Newcomer { priority, key, shard: cx.shard(), room };
     let admitted = match entrance.admission.enter(newcomer) {
         Entry::In(admitted) => Ok(admitted),
@@ -280,21 +287,23 @@ impl Drop for Place<'_> {
     }
 }
 
-/// How the room is found that a request needs; `None`: nobody who may serve it has a limit.
-fn room_wanted(cx: &Context, fleet: &Snapshot, serving: &Serving<'_>, tried: &Tried) -> Option<RoomWanted> {
-    let Serving::Workers { positions, .. } = serving else { return None };
+/// How the room is found that a request needs, at a time that `now` tells; `None`: nobody who may serve it has a limit.
+pub(crate) fn room_wanted(
+    fleet: &Arc<Fleet>,
+    positions: &[usize],
+    tried: &Tried,
+    terms: Terms,
+    now: impl Fn() -> Millis + Send + Sync + 'static,
+) -> Option<RoomWanted> {
     let limited = |&position: &usize| fleet.workers[position].traits().max_concurrent_requests.is_some();
     if !positions.iter().any(limited) {
         return None;
     }
-    let fleet = fleet.shared();
-    let (positions, tried) = (positions.to_vec(), tried.clone());
     let mut hash = DefaultHasher::new();
-    (Arc::as_ptr(&fleet).addr(), &positions, &tried).hash(&mut hash);
-    let (clock, terms) = (cx.clock.exact(), Terms { random: cx.random(), ..cx.terms });
-    let find = move || find_room(&fleet, &positions, &tried, &Terms { now: clock.millis(), ..terms });
-    let find = Box::new(find);
-    Some(RoomWanted { of: hash.finish(), find })
+    (Arc::as_ptr(fleet).addr(), positions, tried).hash(&mut hash);
+    let (fleet, positions, tried) = (fleet.clone(), positions.to_vec(), tried.clone());
+    let find = move || find_room(&fleet, &positions, &tried, &Terms { now: now(), ..terms });
+    Some(RoomWanted { of: hash.finish(), find: Box::new(find) })
 }
 
 /// A place on the candidate that has the least in flight, relative to its limit; none where one has no limit, and none

@@ -232,7 +232,7 @@ async fn run(
     }
     let mut counted = status;
     if let Seen::Poor(failure) = seen {
-        if retries.gives_up(cx, worker, &failure, body_sent) {
+        if retries.gives_up(&cx.moment(), worker, &failure, body_sent) {
             let reusable = step.is_some_and(Step::is_clean_end) && outlet.answer.keep_alive();
             cx.buffers.recycle(buffer);
             return Ran::Over {

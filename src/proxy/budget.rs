@@ -35,6 +35,12 @@ impl Budget {
         (running.saturating_mul(ONE_IN) <= in_flight || self.take(now)).then_some(spent)
     }
 
+    /// Further attempts that run now.
+    #[cfg(test)]
+    pub(crate) fn running(&self) -> u64 {
+        self.running.load(Ordering::Relaxed)
+    }
+
     /// Takes one of those that are allowed per second.
     fn take(&self, now: Millis) -> bool {
         let now = now.saturating_mul(PER_SECOND);

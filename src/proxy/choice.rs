@@ -1,13 +1,14 @@
 //! The choice of a worker for one attempt, and what it depends on.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use crate::{
-    admission::Room,
+    admission::{Admission, Room},
+    base::Millis,
     proxy::{
         account::Account, body::Body, client::Client, context::Context, inspect::Inspected, serving::Serving,
     },
-    routing::{Candidates, Outcome, Prompt, RouteInput, Selection, Terms, Tried},
+    routing::{Candidates, Outcome, Prompt, RouteInput, Router, Selection, Terms, Tried},
     vllm::Endpoint,
     workers::{Demand, Fleet, InFlight, Trial, Worker},
 };
@@ -111,34 +112,97 @@ pub(super) fn choose<'a>(
     serving: &Serving<'_>,
     asked: &'a Asked<'a>,
     tried: &Tried,
-    mut room: Option<Room<'a>>,
+    room: Option<Room<'a>>,
 ) -> Choice<'a> {
     let chosen = |position, demand, room: Room<'a>, trial| {
         let worker = room.in_flight.worker().clone();
         Choice::Of(Chosen { cx, asked, account, position, worker, demand, unsent: false, trial, room })
     };
     let positions = match serving {
-        Serving::Workers { positions, .. } => positions,
+        Serving::Workers { positions, .. } => *positions,
         Serving::Admin if tried.count() == 0 => {
             let in_flight = InFlight::begin(cx.admin.clone(), Demand::default());
             return chosen(0, Demand::default(), Room::new(in_flight, None), Trial::unneeded());
         }
         Serving::Admin => return Choice::Nobody,
     };
+    let means =
+        Means { router: &cx.router, scratch: &cx.positions, terms: cx.terms, admission: cx.admission() };
+    let wanted = Wanted { model: asked.model, session: asked.session, prompt: &asked.prompt, tried };
+    match pick(&means, || (cx.clock.now(), cx.random()), fleet, positions, &wanted, room) {
+        Picked::Of(Pick { position, demand, room, trial, stand_in }) => {
+            if stand_in && tried.count() == 0 {
+                cx.metrics().chose_in_panic();
+            }
+            chosen(position, demand, room, trial)
+        }
+        Picked::Busy => Choice::Busy,
+        Picked::Nobody => Choice::Nobody,
+    }
+}
+
+/// What a worker is picked with.
+pub(crate) struct Means<'a, 'r> {
+    pub(crate) router: &'r RefCell<Router>,
+    /// Where candidates are kept for the length of a choice.
+    pub(crate) scratch: &'r RefCell<Vec<usize>>,
+    /// What candidates depend on, but for time and chance.
+    pub(crate) terms: Terms,
+    /// Who hears of a place that becomes free.
+    pub(crate) admission: Option<&'a Admission>,
+}
+
+/// What a worker is picked for.
+pub(crate) struct Wanted<'r> {
+    pub(crate) model: Option<&'r str>,
+    pub(crate) session: Option<u64>,
+    pub(crate) prompt: &'r Prompt,
+    pub(crate) tried: &'r Tried,
+}
+
+/// A worker, and a place on it.
+pub(crate) struct Pick<'a> {
+    /// In the fleet.
+    pub(crate) position: usize,
+    pub(crate) demand: Demand,
+    pub(crate) room: Room<'a>,
+    pub(crate) trial: Trial,
+    /// It only stands in for others that cannot be used; its breaker was not asked.
+    pub(crate) stand_in: bool,
+}
+
+/// What came of picking, as in [`Choice`].
+pub(crate) enum Picked<'a> {
+    Of(Pick<'a>),
+    Busy,
+    Nobody,
+}
+
+/// Picks one of the workers at `positions`, takes a place on it, and its breaker's leave. `draw` gives the time and
+/// chance, anew for each time that another shard was quicker.
+pub(crate) fn pick<'a>(
+    means: &Means<'a, '_>,
+    draw: impl Fn() -> (Millis, u64),
+    fleet: &Fleet,
+    positions: &[usize],
+    wanted: &Wanted<'_>,
+    mut room: Option<Room<'a>>,
+) -> Picked<'a> {
+    let Wanted { model, session, prompt, tried } = *wanted;
     let position_of = |room: &Room<'_>| {
         let its = room.in_flight.worker();
         fleet.workers.iter().position(|worker| Arc::ptr_eq(worker, its))
     };
     for _ in 0..positions.len() + MORE_CHOICES {
         let place = room.as_ref().and_then(position_of);
-        let (now, random) = (cx.clock.now(), cx.random());
-        let mut scratch = cx.positions.borrow_mut();
-        let terms = Terms { now, random, place, ..cx.terms };
+        let (now, random) = draw();
+        let mut scratch = means.scratch.borrow_mut();
+        let terms = Terms { now, random, place, ..means.terms };
         let candidates = Candidates::of(fleet, positions, tried, &terms, &mut scratch);
-        let input = RouteInput { random, now, session: asked.session, prompt: &asked.prompt };
+        let input = RouteInput { random, now, session, prompt };
         let (busy, stand_in) = (candidates.are_busy(), candidates.stand_in());
-        let Some(selection) = cx.router.borrow_mut().choose(asked.model, &input, &candidates) else {
-            return if busy { Choice::Busy } else { Choice::Nobody };
+        let Some(selection) = means.router.borrow_mut().choose(model, &input, &candidates) else {
+            return if busy { Picked::Busy } else { Picked::Nobody };
         };
         let Selection { position, demand } = selection;
         let worker = &fleet.workers[position];
@@ -147,19 +211,16 @@ pub(super) fn choose<'a>(
                 room.in_flight.asks(demand);
                 Some(room)
             }
-            None => InFlight::try_begin(worker, demand).map(|begun| Room::new(begun, cx.admission())),
+            None => InFlight::try_begin(worker, demand).map(|begun| Room::new(begun, means.admission)),
         };
         // who only stands in is not asked
         let trial = if stand_in { Some(Trial::unneeded()) } else { worker.breaker().begin(now) };
-        if let (Some(begun), Some(trial)) = (begun, trial) {
-            if stand_in && tried.count() == 0 {
-                cx.metrics().chose_in_panic();
-            }
-            return chosen(position, demand, begun, trial);
+        if let (Some(room), Some(trial)) = (begun, trial) {
+            return Picked::Of(Pick { position, demand, room, trial, stand_in });
         }
         // another shard was quicker: the choice comes to nothing, and this worker is no candidate now
-        let outcome = Outcome { worker, prompt: &asked.prompt, demand, usage: None };
-        cx.router.borrow_mut().ended(asked.model, &outcome);
+        let outcome = Outcome { worker, prompt, demand, usage: None };
+        means.router.borrow_mut().ended(model, &outcome);
     }
-    Choice::Busy
+    Picked::Busy
 }

@@ -12,7 +12,7 @@ use crate::{
     admission::{self, Admission},
     base::{Clock, Date},
     net::{self, Buffer, ShardClock, Watches},
-    proxy::{Budget, RetrySettings, Settings, admit::Entrance},
+    proxy::{Budget, RetrySettings, Settings, admit::Entrance, retry::Moment},
     routing::{Needs, Router, Shared, Terms},
     telemetry::{
         Resource,
@@ -208,9 +208,9 @@ impl Context {
         (self.random() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// Requests that run in this process now, on whatever shard.
-    pub(super) fn in_flight(&self) -> u64 {
-        self.metrics.in_flight()
+    /// What a decision about another attempt depends on now.
+    pub(super) fn moment(&self) -> Moment<'_> {
+        Moment { now: self.clock.now(), chance: self.chance(), metrics: &self.metrics, shard: self.shard }
     }
 
     /// The `date` of an answer, made once a second.

@@ -1,7 +1,8 @@
 //! The way of one request, from its head to the end of its answer.
 //!
 //! [`serve`] tells it from top to bottom; what it calls computes. The steps are numbered as in the crate's
-//! documentation.
+//! documentation. Steps 4 to 6 stand once more in `simulation/exchange.rs`, without sockets: who changes the order of
+//! what is called here changes it there.
 
 use std::pin::pin;
 
@@ -29,8 +30,8 @@ use crate::{
 
 /// How long a request that was lost with its connection waits for the probe that says whether its worker is gone, and
 /// how often it looks, in milliseconds. The control thread looks ten times a second for whom to probe.
-const PROBE_MS: u64 = 2000;
-const LOOK_MS: u64 = 20;
+pub(crate) const PROBE_MS: u64 = 2000;
+pub(crate) const LOOK_MS: u64 = 20;
 
 /// Serves one request whose head has been read; `rest` is what came behind the head.
 ///
@@ -101,7 +102,7 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
     // 5. attempts, until one is answered
     let asked_for = repeatable(client, endpoint, &inspected);
     let mut retries = Retries::new(&cx.retries, &cx.retry_budget, &fleet, serving.positions(), asked_for);
-    let mut judge = Judge::new(&cx.clock);
+    let mut judge = Judge::new();
     let mut fresh: Option<Chosen<'_>> = None;
     let mut last = Failure::NoWorker;
     loop {
@@ -133,22 +134,22 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
         let (failure, kept) = match attempt(client, account, &mut chosen, body, manner, &mut retries).await {
             Attempted::Answered(after) => {
                 match retries.take_passed() {
-                    Some(failure) => judge.failed(&chosen.worker, &failure),
-                    None => judge.answered(&chosen.worker, account.status()),
+                    Some(failure) => judge.failed(&chosen.worker, &failure, cx.clock.now()),
+                    None => judge.answered(&chosen.worker, account.status(), cx.clock.now()),
                 }
                 return after;
             }
             Attempted::Refused(failure) => return refuse(client, account, &failure).await,
             Attempted::Failed(failure, kept) => (failure, kept),
         };
-        judge.failed(&chosen.worker, &failure);
+        judge.failed(&chosen.worker, &failure, cx.clock.now());
         chosen.unsent = failure.is_unsent();
 
         // 6. another attempt?
-        let mut next = retries.next(cx, &chosen.worker, &failure, kept.is_some());
+        let mut next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some());
         if Retries::waits_for_probe(&failure, next) {
             match client.outlet.watch.limit(PROBE_MS, has_died(&chosen.worker)).await {
-                Ok(()) => next = retries.next(cx, &chosen.worker, &failure, kept.is_some()),
+                Ok(()) => next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some()),
                 Err(_) if client.outlet.watch.is_total_over() => {
                     return refuse(client, account, &Failure::TotalTime).await;
                 }

@@ -20,7 +20,7 @@ const MOST_SET_BACK_SECS: u64 = 30;
 
 /// Why an exchange, or one attempt of it, failed.
 #[derive(Debug, Error)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// The client's bytes are no legal request.
     #[error("{0}")]
     Request(#[from] RequestError),
@@ -103,15 +103,15 @@ pub(super) enum Failure {
 
 /// An answer by which a worker refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Refusing {
-    pub(super) status: u16,
+pub(crate) struct Refusing {
+    pub(crate) status: u16,
     /// How long the worker wants to be left alone, in seconds.
-    pub(super) retry_after_secs: Option<u64>,
+    pub(crate) retry_after_secs: Option<u64>,
 }
 
 impl Failure {
     /// What another attempt after it is counted as; `None`: there never is one.
-    pub(super) fn reason(&self) -> Option<Retry> {
+    pub(crate) fn reason(&self) -> Option<Retry> {
         Some(match self {
             // nor would there be a descriptor, or memory, for a connection to another worker
             Self::Connect(error)
@@ -149,7 +149,7 @@ impl Failure {
 
     /// Whether the worker is out until a probe says otherwise. A reused connection that was closed says
     /// nothing; nor does anything that the client may have caused.
-    pub(super) fn condemns(&self) -> bool {
+    pub(crate) fn condemns(&self) -> bool {
         match self {
             Self::Connect(error) => !ours(error),
             Self::EngineDead | Self::Unbegun(Unbegun::EngineDead) => true,
@@ -158,7 +158,7 @@ impl Failure {
     }
 
     /// Whether something looks wrong with the worker, so that it should be looked at now.
-    pub(super) fn doubts(&self) -> bool {
+    pub(crate) fn doubts(&self) -> bool {
         matches!(
             self,
             Self::NoAnswer { reused: false }
@@ -185,17 +185,17 @@ impl Failure {
     }
 
     /// The status by which an answer is counted that is passed on although it is this failure.
-    pub(super) fn counted_as(&self, status: u16) -> u16 {
+    pub(crate) fn counted_as(&self, status: u16) -> u16 {
         if matches!(self, Self::Aborted | Self::Unbegun(_)) { 502 } else { status }
     }
 
     /// Whether the worker has certainly not seen the request.
-    pub(super) fn is_unsent(&self) -> bool {
+    pub(crate) fn is_unsent(&self) -> bool {
         matches!(self, Self::Connect(_))
     }
 
     /// Whether it is counted as the worker's transport error.
-    pub(super) fn is_transport(&self) -> bool {
+    pub(crate) fn is_transport(&self) -> bool {
         matches!(
             self,
             Self::Connect(_)

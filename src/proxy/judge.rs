@@ -12,7 +12,6 @@ use std::sync::{Arc, atomic::Ordering};
 
 use crate::{
     base::Millis,
-    net::ShardClock,
     proxy::{
         failure::SET_BACK_MS,
         retry::{Failure, Refusing},
@@ -50,27 +49,25 @@ impl Weight {
 }
 
 /// Judges the workers that one exchange was tried on.
-#[derive(Debug)]
-pub(super) struct Judge<'a> {
-    clock: &'a ShardClock,
+#[derive(Debug, Default)]
+pub(crate) struct Judge {
     /// The servers that failed, by one of their workers, and whether that has been counted. As many as there are
     /// attempts.
     failed: Vec<(Arc<Worker>, bool)>,
 }
 
-impl<'a> Judge<'a> {
+impl Judge {
     /// Of an exchange that begins.
-    pub(super) fn new(clock: &'a ShardClock) -> Self {
-        Self { clock, failed: Vec::new() }
+    pub(crate) fn new() -> Self {
+        Self::default()
     }
 
     /// An attempt on `worker` failed.
-    pub(super) fn failed(&mut self, worker: &Arc<Worker>, failure: &Failure) {
+    pub(crate) fn failed(&mut self, worker: &Arc<Worker>, failure: &Failure, now: Millis) {
         if failure.is_transport() {
             worker.counters().transport_errors.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(worker = worker.name(), error = %failure, "an attempt failed");
         }
-        let now = self.clock.now();
         if let Some(pause_ms) = failure.sets_back_ms() {
             worker.set_back(now.saturating_add(pause_ms));
         }
@@ -98,8 +95,7 @@ impl<'a> Judge<'a> {
     }
 
     /// `worker` answered, and its answer was passed on.
-    pub(super) fn answered(&mut self, worker: &Arc<Worker>, status: u16) {
-        let now = self.clock.now();
+    pub(crate) fn answered(&mut self, worker: &Arc<Worker>, status: u16, now: Millis) {
         if status >= 500 {
             worker.set_back(now.saturating_add(SET_BACK_MS));
         }
@@ -125,7 +121,7 @@ impl<'a> Judge<'a> {
 
 /// The answer of `worker` begins, with a status that is passed on. If it is good the trial has succeeded: what follows
 /// may take long, and the next one need not wait for it.
-pub(super) fn begins(worker: &Worker, trial: &mut Trial, status: u16, now: Millis) {
+pub(crate) fn begins(worker: &Worker, trial: &mut Trial, status: u16, now: Millis) {
     if !trial.is_probe() || !matches!(status, 101 | 200..300) {
         return;
     }
@@ -149,10 +145,9 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::{
-        base::Clock,
-        workers::{BreakerRules, BreakerState, WorkerSpec},
-    };
+    use crate::workers::{BreakerRules, BreakerState, WorkerSpec};
+
+    const NOW: Millis = 7;
 
     /// Two servers whose breakers open with the first failure.
     fn servers() -> [Arc<Worker>; 2] {
@@ -182,65 +177,61 @@ mod tests {
 
     #[test]
     fn what_the_request_may_have_caused_counts_only_when_another_worker_answers_it_well() {
-        let clock = ShardClock::new(Clock::start());
         for failure in suspicions() {
             let [a, b] = servers();
-            let mut judge = Judge::new(&clock);
-            judge.failed(&a, &failure);
+            let mut judge = Judge::new();
+            judge.failed(&a, &failure, NOW);
             assert!(a.usable() && a.take_doubt(), "{failure}: it is doubted, not condemned");
-            judge.answered(&b, 200);
+            judge.answered(&b, 200, NOW);
             assert_eq!([&a, &b].map(|worker| state(worker)), [BreakerState::Open, BreakerState::Closed]);
         }
     }
 
     #[test]
     fn no_answer_but_a_good_one_of_another_server_makes_a_suspicion_count() {
-        let clock = ShardClock::new(Clock::start());
         for status in [400, 404, 429, 500, 502, 503] {
             let [a, b] = servers();
-            let mut judge = Judge::new(&clock);
-            judge.failed(&a, &Failure::AnswerCut);
-            judge.failed(&b, &Failure::AnswerCut);
-            judge.answered(&b, status);
+            let mut judge = Judge::new();
+            judge.failed(&a, &Failure::AnswerCut, NOW);
+            judge.failed(&b, &Failure::AnswerCut, NOW);
+            judge.answered(&b, status, NOW);
             assert_eq!([&a, &b].map(|worker| state(worker)), [BreakerState::Closed; 2], "{status}");
         }
         let rank = |rank| WorkerSpec { rank: Some(rank), ..servers()[0].url().to_string().parse().unwrap() };
         let rules = BreakerRules { failures: 1, ..BreakerRules::default() };
         let first = Arc::new(Worker::with_breaker(0, rank(0), rules));
         let second = Arc::new(first.sibling(1, rank(1)));
-        let mut judge = Judge::new(&clock);
-        judge.failed(&first, &Failure::AnswerCut);
-        judge.answered(&second, 200);
+        let mut judge = Judge::new();
+        judge.failed(&first, &Failure::AnswerCut, NOW);
+        judge.answered(&second, 200, NOW);
         assert_eq!(state(&first), BreakerState::Closed, "a rank does not speak against its own server");
     }
 
     #[test]
     fn a_refused_connect_counts_at_once_and_once() {
-        let clock = ShardClock::new(Clock::start());
         let rules = BreakerRules { failures: 2, ..BreakerRules::default() };
         let worker = Arc::new(Worker::with_breaker(0, "http://a:1".parse().unwrap(), rules));
         worker.set_health(Health::Up);
         let refused = || Failure::Connect(io::Error::from_raw_os_error(libc::ECONNREFUSED));
-        let mut judge = Judge::new(&clock);
-        judge.failed(&worker, &refused());
-        judge.failed(&worker, &refused());
-        judge.answered(&servers()[1], 200);
+        let mut judge = Judge::new();
+        judge.failed(&worker, &refused(), NOW);
+        judge.failed(&worker, &refused(), NOW);
+        judge.answered(&servers()[1], 200, NOW);
         assert_eq!((worker.health(), state(&worker)), (Health::Down, BreakerState::Closed));
         assert_eq!(worker.counters().ejections[Ejection::Connect as usize].load(Ordering::Relaxed), 1);
         for _ in 0..10 {
-            Judge::new(&clock).failed(&worker, &refused());
+            Judge::new().failed(&worker, &refused(), NOW);
         }
         assert_eq!(state(&worker), BreakerState::Closed, "it was out already");
         worker.set_health(Health::Up);
-        Judge::new(&clock).failed(&worker, &refused());
+        Judge::new().failed(&worker, &refused(), NOW);
         assert_eq!(state(&worker), BreakerState::Open, "the second time that it went away");
     }
 
     #[test]
     fn what_is_not_the_workers_fault_counts_never() {
-        let clock = ShardClock::new(Clock::start());
         let [a, b] = servers();
-        let mut judge = Judge::new(&clock);
+        let mut judge = Judge::new();
         for failure in [
             Failure::Status(Refusing { status: 500, retry_after_secs: None }),
             Failure::ClientGone,
@@ -251,20 +242,19 @@ mod tests {
             Failure::Connect(io::Error::from_raw_os_error(libc::EMFILE)),
             Failure::Connect(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL)),
         ] {
-            judge.failed(&a, &failure);
+            judge.failed(&a, &failure, NOW);
             assert!(a.usable() && !a.take_doubt(), "{failure}");
         }
-        judge.answered(&b, 200);
+        judge.answered(&b, 200, NOW);
         assert_eq!(state(&a), BreakerState::Closed);
     }
 
     #[test]
     fn good_answers_close_a_half_open_breaker() {
-        let clock = ShardClock::new(Clock::start());
         let rules = BreakerRules { failures: 1, successes: 2, open_ms: 0, ..BreakerRules::default() };
         let worker = Arc::new(Worker::with_breaker(0, "http://a:1".parse().unwrap(), rules));
         worker.failed(0);
-        let now = clock.now();
+        let now = NOW;
         let mut trial = worker.breaker().begin(now).unwrap();
         begins(&worker, &mut trial, 404, now);
         assert!(!worker.breaker().admits(now), "it is no verdict, and the trial goes on");

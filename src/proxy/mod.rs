@@ -4,24 +4,24 @@
 //! calls computes.
 
 mod account;
-mod admit;
+pub(crate) mod admit;
 mod answer;
 mod attempt;
 mod body;
 mod budget;
-mod choice;
+pub(crate) mod choice;
 mod client;
 mod context;
-mod exchange;
+pub(crate) mod exchange;
 mod failure;
 mod inbox;
 mod inspect;
-mod judge;
+pub(crate) mod judge;
 mod listener;
-mod peek;
+pub(crate) mod peek;
 mod relay;
-mod respond;
-mod retry;
+pub(crate) mod respond;
+pub(crate) mod retry;
 mod serving;
 mod settings;
 mod shed;

@@ -16,7 +16,7 @@ use crate::{
 
 /// What the first bytes of an answer have come to.
 #[derive(Debug)]
-pub(super) enum Seen {
+pub(crate) enum Seen {
     /// More has to be seen.
     NeedMore,
     /// It is passed on.
@@ -45,7 +45,8 @@ impl Question {
         }
     }
 
-    fn look(self, body: &[u8], end: bool, refusing: Refusing) -> Seen {
+    /// What an answer is of which `body` has come so far, at its `end` all of it.
+    pub(crate) fn look(self, body: &[u8], end: bool, refusing: Refusing) -> Seen {
         let poor = |is: bool, failure: Failure| if is { Seen::Poor(failure) } else { Seen::Pass };
         match self {
             Self::Begins => match vllm::opening_of_events(body, end) {

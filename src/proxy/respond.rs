@@ -225,6 +225,12 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
     })
 }
 
+/// The status of the answer to a failure.
+#[cfg(test)]
+pub(crate) fn status_of_failure(of: &Failure) -> Option<u16> {
+    failure(of).map(|(answer, _)| answer.status)
+}
+
 /// vLLM's type of a plain HTTP error, whatever the form.
 fn not_admitted(refused: Refused, shape: ErrorShape) -> (Answer, Refusal) {
     let Refused { reason, retry_after_secs } = refused;

@@ -147,6 +147,12 @@ impl Waiter {
         self.fate.load(Ordering::Acquire) != fate::WAITS
     }
 
+    /// Whether it has been let in, though it may not have taken what it was given.
+    #[cfg(test)]
+    pub(crate) fn is_served(&self) -> bool {
+        self.fate.load(Ordering::Acquire) == fate::SERVED
+    }
+
     fn call(&self, fate: u8, rung: &mut Vec<usize>) {
         self.fate.store(fate, Ordering::Release);
         if !rung.contains(&self.newcomer.shard) {

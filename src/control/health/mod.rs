@@ -30,7 +30,7 @@ use crate::workers::{Fleet, Health, Worker};
 
 /// Pause before a worker that went down is probed again; doubles with every bad probe up to the interval. Doubts
 /// have a worker probed no more often than that.
-pub(super) const RETRY_MS: u64 = 250;
+pub(crate) const RETRY_MS: u64 = 250;
 
 /// Share of the interval by which a probe may come earlier or later, so that probes do not fall into step.
 const JITTER: f64 = 0.1;
@@ -43,24 +43,24 @@ const PEACE_TERMS: u64 = 20;
 
 /// By what a [`Watch`] judges.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Rules {
+pub(crate) struct Rules {
     /// Between two probes of a worker that is up.
-    pub(super) interval_ms: u64,
+    pub(crate) interval_ms: u64,
     /// Late probes in a row that take a worker out which was up.
-    pub(super) late_probes: u32,
+    pub(crate) late_probes: u32,
     /// Good probes in a row that bring back a worker that was down.
-    pub(super) good_probes: u32,
+    pub(crate) good_probes: u32,
     /// Probes in the window; 0: it says nothing.
-    pub(super) window: usize,
+    pub(crate) window: usize,
     /// Share of good probes in the window below which a worker is ejected.
-    pub(super) min_success_rate: f64,
+    pub(crate) min_success_rate: f64,
     /// Mean time of the answers in the window above which a worker is ejected.
-    pub(super) max_response_ms: u64,
+    pub(crate) max_response_ms: u64,
 }
 
 /// What a probe found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// It serves.
     Good,
     /// It says that it does not, or cannot be reached.
@@ -71,17 +71,17 @@ pub(super) enum Verdict {
 
 /// One probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Probe {
-    pub(super) verdict: Verdict,
+pub(crate) struct Probe {
+    pub(crate) verdict: Verdict,
     /// How long it took.
-    pub(super) took_ms: u64,
+    pub(crate) took_ms: u64,
     /// Whether requests of ours were running on the worker: then to be late says nothing against it.
-    pub(super) busy: bool,
+    pub(crate) busy: bool,
 }
 
 /// What to do about a worker after a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Change {
+pub(crate) enum Change {
     /// Nothing.
     None,
     /// Learn what it serves, then mark it up.
@@ -94,7 +94,7 @@ pub(super) enum Change {
 
 /// What to do about a worker at some moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Due {
+pub(crate) enum Due {
     /// Probe it now.
     Probe,
     /// Nothing before so many milliseconds have passed.
@@ -105,7 +105,7 @@ pub(super) enum Due {
 
 /// The history of one worker that decides.
 #[derive(Debug, Clone)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     rules: Rules,
     /// What it was after the last look or probe.
     seen: Health,
@@ -138,7 +138,7 @@ struct Term {
 
 impl Watch {
     /// A worker of which nothing is known, to be probed at once and every interval from then on.
-    pub(super) fn new(rules: Rules, now: Millis) -> Self {
+    pub(crate) fn new(rules: Rules, now: Millis) -> Self {
         let rules = Rules { interval_ms: rules.interval_ms.max(1), ..rules };
         Self {
             rules,
@@ -155,7 +155,7 @@ impl Watch {
     }
 
     /// Looks whether something is to be done; `health` is what the worker's atomic says now.
-    pub(super) fn due(&mut self, now: Millis, health: Health) -> Due {
+    pub(crate) fn due(&mut self, now: Millis, health: Health) -> Due {
         if answers(self.seen) && health == Health::Down {
             self.note(false, 0);
             self.went_down(now);
@@ -168,7 +168,7 @@ impl Watch {
     }
 
     /// Somebody doubts the worker: it is probed at once, unless it has just been.
-    pub(super) fn doubted(&mut self, now: Millis) {
+    pub(crate) fn doubted(&mut self, now: Millis) {
         if answers(self.seen) {
             self.next = self.next.min(now.max(self.probed_at + RETRY_MS));
         }
@@ -183,7 +183,7 @@ impl Watch {
     /// now; `chance` is in 0..1.
     ///
     /// Whatever is returned, the caller does as told; the watch takes it as done.
-    pub(super) fn probed(
+    pub(crate) fn probed(
         &mut self,
         now: Millis,
         before: Health,
@@ -241,7 +241,7 @@ impl Watch {
 
     /// Why a worker that answers had better be left alone now. It is if [`may_eject`] says so; then
     /// [`Watch::ejected`] is told.
-    pub(super) fn advice(&self, now: Millis) -> Option<Ejection> {
+    pub(crate) fn advice(&self, now: Millis) -> Option<Ejection> {
         if let Some(term) = self.ejection.filter(|term| now < term.until) {
             return Some(term.reason);
         }
@@ -262,7 +262,7 @@ impl Watch {
 
     /// It was ejected: not for less than an interval, and for twice as long as the last time if that was not long
     /// ago. Returns the length of the term that is left, in milliseconds.
-    pub(super) fn ejected(&mut self, now: Millis, reason: Ejection) -> u64 {
+    pub(crate) fn ejected(&mut self, now: Millis, reason: Ejection) -> u64 {
         self.seen = Health::Ejected;
         let term = match self.ejection {
             Some(term) if now < term.until => term,
@@ -317,7 +317,7 @@ fn answers(health: Health) -> bool {
 
 /// Whether the server of `worker` may be ejected for what its probes were like: of every model that it serves
 /// (where none is known: of the fleet) another worker can serve, and with it no more than `share` are ejected.
-pub(super) fn may_eject(fleet: &Fleet, worker: &Worker, now: Millis, share: f64) -> bool {
+pub(crate) fn may_eject(fleet: &Fleet, worker: &Worker, now: Millis, share: f64) -> bool {
     let all: Vec<usize> = (0..fleet.workers.len()).collect();
     let of_models = fleet.models().iter().map(|model| &model.workers[..]);
     let groups = if fleet.models().is_empty() { vec![&all[..]] } else { of_models.collect() };

@@ -6,19 +6,30 @@ use crate::{
     proxy::{
         RetrySettings,
         budget::{Budget, Spent},
-        context::Context,
     },
     routing::Tried,
-    telemetry::metrics::Retry,
+    telemetry::metrics::{Metrics, Retry},
     vllm::{self, Unbegun},
     workers::{Fleet, Health, Resolved, Worker},
 };
 
-pub(super) use crate::proxy::failure::{Failure, Refusing};
+pub(crate) use crate::proxy::failure::{Failure, Refusing};
+
+/// The moment of a decision, and where it is counted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment<'a> {
+    pub(crate) now: Millis,
+    /// Chance, from 0 to below 1.
+    pub(crate) chance: f64,
+    /// Knows the requests that run in the process.
+    pub(crate) metrics: &'a Metrics,
+    /// Position of the shard that counts.
+    pub(crate) shard: usize,
+}
 
 /// What to do after a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
+pub(crate) enum Next {
     /// Tell the client: the failure, or the answer that was held.
     GiveUp(Without),
     /// Try another worker at once.
@@ -33,7 +44,7 @@ pub(super) enum Next {
 
 /// Why no further attempt is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Without {
+pub(crate) enum Without {
     /// It would change nothing, or do something twice.
     Use,
     /// There are no attempts or no workers left.
@@ -44,7 +55,7 @@ pub(super) enum Without {
 
 /// What the body of an answer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// A stream of events.
     Events,
     /// One JSON document.
@@ -54,7 +65,7 @@ pub(super) enum Kind {
 
 impl Kind {
     /// As the head says. What is empty is no stream and should have been a document (`faults.md` U14).
-    pub(super) fn of(answer: &ResponseHead) -> Self {
+    pub(crate) fn of(answer: &ResponseHead) -> Self {
         const JSON: &[u8] = b"application/json";
         let kind = answer.content_type().unwrap_or_default();
         match kind.get(..JSON.len()) {
@@ -68,7 +79,7 @@ impl Kind {
 
 /// What a worker's answer has to be asked before it is passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Question {
+pub(crate) enum Question {
     /// Whether a stream of events begins.
     Begins,
     /// Whether a document is there, and was not broken off.
@@ -85,7 +96,7 @@ pub(super) enum Question {
 
 /// What is known of the further attempts of one exchange.
 #[derive(Debug)]
-pub(super) struct Retries<'a> {
+pub(crate) struct Retries<'a> {
     settings: &'a RetrySettings,
     budget: &'a Budget,
     fleet: &'a Fleet,
@@ -112,13 +123,13 @@ pub(super) struct Retries<'a> {
 
 /// What a request lets be done with it.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Repeatable {
+pub(crate) struct Repeatable {
     /// It may be sent again after a worker has seen it.
-    pub(super) always: bool,
+    pub(crate) always: bool,
     /// Its answer is generated text, which tells why it ended.
-    pub(super) generates: bool,
+    pub(crate) generates: bool,
     /// Its body may name a model.
-    pub(super) names_model: bool,
+    pub(crate) names_model: bool,
 }
 
 /// What another attempt costs and may have.
@@ -157,14 +168,17 @@ impl Failure {
 
     /// What another attempt is counted as among those that an exchange gets one of.
     fn once(&self, fresh: bool) -> u32 {
-        let reason = if fresh { Some(Retry::ConnectionLost) } else { self.reason() };
+        let reason = match self {
+            Self::Connect(_) if fresh => Some(Retry::ConnectionLost),
+            _ => self.reason(),
+        };
         reason.map_or(0, |reason| 1 << reason as u32)
     }
 }
 
 impl<'a> Retries<'a> {
     /// Before the first attempt. `serving` are positions in the fleet, ascending; none: the control thread.
-    pub(super) fn new(
+    pub(crate) fn new(
         settings: &'a RetrySettings,
         budget: &'a Budget,
         fleet: &'a Fleet,
@@ -191,24 +205,24 @@ impl<'a> Retries<'a> {
     }
 
     /// The workers that must not be chosen now.
-    pub(super) fn tried(&self) -> &Tried {
+    pub(crate) fn tried(&self) -> &Tried {
         &self.tried
     }
 
     /// Others may serve the request from now on.
-    pub(super) fn serve(&mut self, serving: &'a [usize]) {
+    pub(crate) fn serve(&mut self, serving: &'a [usize]) {
         self.serving = serving;
         self.tried = Tried::none();
     }
 
     /// An attempt on the worker at `position` begins; `fresh`: because a connection was stale.
-    pub(super) fn begin(&mut self, position: usize, fresh: bool) {
+    pub(crate) fn begin(&mut self, position: usize, fresh: bool) {
         (self.position, self.fresh) = (position, fresh);
         self.attempts += u32::from(!fresh);
     }
 
     /// Whether a body of so many bytes is kept for another attempt.
-    pub(super) fn keeps(&self, body_bytes: usize) -> bool {
+    pub(crate) fn keeps(&self, body_bytes: usize) -> bool {
         self.asked.always && body_bytes as u64 <= self.settings.retry_buffer_bytes
     }
 
@@ -216,7 +230,7 @@ impl<'a> Retries<'a> {
     /// says so: whether another attempt can be made at all (but for the budget, which is not asked before it is
     /// needed). The last of several attempts is only looked at, so that it is counted for what it is; and a dead
     /// engine is to be known whoever meets it.
-    pub(super) fn question(&self, status: u16, kind: Kind) -> Option<(Question, bool)> {
+    pub(crate) fn question(&self, status: u16, kind: Kind) -> Option<(Question, bool)> {
         let question = match status {
             200 if self.asked.generates && kind == Kind::Events => Question::Begins,
             200 if self.asked.generates && kind == Kind::Json => Question::Whole,
@@ -238,12 +252,12 @@ impl<'a> Retries<'a> {
     }
 
     /// Whether the answer is generated text, which is never empty.
-    pub(super) fn generates(&self) -> bool {
+    pub(crate) fn generates(&self) -> bool {
         self.asked.generates
     }
 
     /// Whether this body names a model that workers have listed, so that a worker that knows it not has lost it.
-    pub(super) fn is_listed(&self, body: &[u8]) -> bool {
+    pub(crate) fn is_listed(&self, body: &[u8]) -> bool {
         let facts = vllm::scan_json(body);
         let name = facts.model.name(body);
         let Some(name) = name else { return false };
@@ -252,45 +266,51 @@ impl<'a> Retries<'a> {
 
     /// Decides before an answer is given up: whether it is. If so the allowance for another attempt is taken, and
     /// [`Retries::next`] says the same.
-    pub(super) fn gives_up(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> bool {
-        let next = self.counted(cx, worker, failure, kept);
+    pub(crate) fn gives_up(
+        &mut self,
+        at: &Moment<'_>,
+        worker: &Worker,
+        failure: &Failure,
+        kept: bool,
+    ) -> bool {
+        let next = self.counted(at, worker, failure, kept);
         self.decided = (!matches!(next, Next::GiveUp(_))).then_some(next);
         self.decided.is_some()
     }
 
     /// The answer is passed on although it is this failure.
-    pub(super) fn passed(&mut self, failure: Failure) {
+    pub(crate) fn passed(&mut self, failure: Failure) {
         self.passed = Some(failure);
     }
 
     /// What the answer was that was passed on, if it was a failure.
-    pub(super) fn take_passed(&mut self) -> Option<Failure> {
+    pub(crate) fn take_passed(&mut self) -> Option<Failure> {
         self.passed.take()
     }
 
     /// Whether it is worth waiting for what a probe says of the worker: if it has died, another attempt costs nothing.
-    pub(super) fn waits_for_probe(failure: &Failure, next: Next) -> bool {
+    pub(crate) fn waits_for_probe(failure: &Failure, next: Next) -> bool {
         next == Next::GiveUp(Without::Budget)
             && matches!(failure, Failure::NoAnswer { .. } | Failure::AnswerCut)
     }
 
     /// What to do after a failed attempt on `worker`; `kept`: the body is there.
-    pub(super) fn next(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
+    pub(crate) fn next(&mut self, at: &Moment<'_>, worker: &Worker, failure: &Failure, kept: bool) -> Next {
         let decided = self.decided.take();
-        decided.unwrap_or_else(|| self.counted(cx, worker, failure, kept))
+        decided.unwrap_or_else(|| self.counted(at, worker, failure, kept))
     }
 
     /// Decides, counts and tells.
-    fn counted(&mut self, cx: &Context, worker: &Worker, failure: &Failure, kept: bool) -> Next {
-        let (now, chance) = (cx.clock.now(), cx.chance());
+    fn counted(&mut self, at: &Moment<'_>, worker: &Worker, failure: &Failure, kept: bool) -> Next {
         let died = worker.health() == Health::Down;
-        let next = self.decide(failure, kept, died, now, chance, || cx.in_flight());
+        let next = self.decide(failure, kept, died, at.now, at.chance, || at.metrics.in_flight());
+        let metrics = at.metrics.shard(at.shard);
         let Some(reason) = failure.reason() else { return next };
         match next {
             Next::GiveUp(Without::Use) => {}
-            Next::GiveUp(Without::Chance) => cx.metrics().retries_exhausted(reason),
-            Next::GiveUp(Without::Budget) => cx.metrics().retry_over_budget(),
-            Next::Another | Next::Fresh | Next::OtherKind | Next::Again(_) => cx.metrics().retried(reason),
+            Next::GiveUp(Without::Chance) => metrics.retries_exhausted(reason),
+            Next::GiveUp(Without::Budget) => metrics.retry_over_budget(),
+            Next::Another | Next::Fresh | Next::OtherKind | Next::Again(_) => metrics.retried(reason),
         }
         tracing::debug!(
             worker = worker.name(),

@@ -260,6 +260,21 @@ fn who_moves_on_because_its_worker_has_ended_is_not_counted_against_the_budget()
 }
 
 #[test]
+fn what_gets_one_further_attempt_gets_no_second_one_where_a_connection_was_stale() {
+    let exchange = Exchange::with(9);
+    for failure in [Failure::EngineDead, Failure::ModelLost, Failure::Aborted] {
+        let mut retries = exchange.retries();
+        assert_eq!(retries.fails(0, &stale()), Next::Fresh);
+        assert_eq!(retries.fails_fresh(0, &failure), Next::Another, "{failure}");
+        assert_eq!(retries.fails(1, &failure), Next::GiveUp(Without::Chance), "{failure}");
+        let mut retries = exchange.retries();
+        assert_eq!(retries.fails(0, &stale()), Next::Fresh);
+        assert_eq!(retries.fails_fresh(0, &failure), Next::Another, "{failure}");
+        assert_eq!(retries.fails(1, &lost()), Next::Another, "that is something else than {failure}");
+    }
+}
+
+#[test]
 fn busy_workers_are_each_asked_once_and_streams_that_fail_too() {
     for failure in [busy(), Failure::Unbegun(Unbegun::Empty), Failure::Unbegun(Unbegun::Error)] {
         let exchange = Exchange::with(3);

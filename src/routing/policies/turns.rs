@@ -35,7 +35,11 @@ impl Turns {
         // has no claim on what it missed.
         let earliest = latest - dearest;
         let due = |at: usize| self.due[at].1.max(earliest);
-        let chosen = among.iter().copied().min_by(|&a, &b| due(a).total_cmp(&due(b)))?;
+        // who has waited longest goes first among those without a claim; else the first in the list always would
+        // where one of the others is far ahead by what another set of candidates has asked of it
+        let waited = |at: usize| self.due[at].1;
+        let earlier = |a: usize, b: usize| due(a).total_cmp(&due(b)).then(waited(a).total_cmp(&waited(b)));
+        let chosen = among.iter().copied().min_by(|&a, &b| earlier(a, b))?;
         self.due[chosen].1 = due(chosen) + self.due[chosen].0.traits().cost;
         Some(chosen)
     }
@@ -126,6 +130,21 @@ mod tests {
             take(&[0, 1]);
         }
         assert_eq!(counts, [15, 15, 5, 5]);
+    }
+
+    #[test]
+    fn nobody_starves_beside_one_that_others_keep_busy() {
+        let (fleet, mut turns) = (fleet(4), Turns::default());
+        let mut counts = [0; 4];
+        let mut take = |set: &[usize]| {
+            let mut scratch = Vec::new();
+            turns.take(7, &among(&fleet, set, &mut scratch), set).unwrap()
+        };
+        for _ in 0..30 {
+            counts[take(&[0, 1, 2, 3])] += 1;
+            (0..4).for_each(|_| _ = take(&[0]));
+        }
+        assert_eq!(counts, [0, 10, 10, 10]);
     }
 
     #[test]

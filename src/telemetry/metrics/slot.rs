@@ -466,7 +466,7 @@ impl ShardMetrics {
         read(&self.retries_exhausted[reason as usize])
     }
 
-    pub(super) fn over_budget(&self) -> u64 {
+    pub(crate) fn over_budget(&self) -> u64 {
         read(&self.retries_over_budget)
     }
 
