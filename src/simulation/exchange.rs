@@ -24,7 +24,7 @@ use crate::{
     },
     routing::{Outcome as Ended, Prompt, Terms, Tried},
     simulation::{
-        ledger::{Counted, Nature, Outcome, Request, Waits},
+        ledger::{Counted, Decided, Nature, Outcome, Request, Waits},
         servers::State,
         world::World,
     },
@@ -178,7 +178,8 @@ fn decided(
     let before = over_budget();
     let died = worker.health() == Health::Down;
     let next = decide(&world.moment());
-    world.ledger.decided(request, failure, fresh, next, over_budget() > before, died, world.ticked());
+    let decided = Decided { next, over_budget: over_budget() > before, died };
+    world.ledger.decided(request, failure, fresh, decided, world.ticked());
     next
 }
 

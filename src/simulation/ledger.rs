@@ -115,6 +115,17 @@ impl Once {
     }
 }
 
+/// What was decided after a failure.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Decided {
+    /// `None`: the answer is passed on.
+    pub(super) next: Option<Next>,
+    /// The budget was used up.
+    pub(super) over_budget: bool,
+    /// The worker was down by then.
+    pub(super) died: bool,
+}
+
 /// One more, until dropped.
 pub(super) struct Counted<'a>(&'a Cell<u64>);
 
@@ -269,15 +280,13 @@ impl Ledger {
         add(&self.tally.gave_up_waiting);
     }
 
-    /// It was decided what to do after a failure; `None`: its answer is passed on.
+    /// It was decided what to do after a failure.
     pub(super) fn decided(
         &self,
         request: &Request,
         failure: &Failure,
         fresh: bool,
-        next: Option<Next>,
-        over_budget: bool,
-        died: bool,
+        Decided { next, over_budget, died }: Decided,
         now: Millis,
     ) {
         let story = &request.story;
@@ -302,7 +311,7 @@ impl Ledger {
                 | Failure::Aborted
                 | Failure::Unbegun(Unbegun::EngineDead | Unbegun::Aborted)
         );
-        let costs = !ended && !(died && Once::of(failure, fresh).is_some());
+        let costs = !(ended || died && Once::of(failure, fresh).is_some());
         let may = || (self.spending.get() + 1) * 5 <= self.exchanges.get();
         match next {
             _ if over_budget => {
