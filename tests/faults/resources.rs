@@ -246,8 +246,8 @@ variants! {
             client.chat("m").expect(200);
         }
         WITHOUT_PORTS.lock().unwrap().push(both[1]);
-        two.close_idle();
         let answer = eventually("there is no kept connection any more", || {
+            two.close_idle();
             let answer = client.chat("m");
             (answer.status != 200).then_some(answer)
         });
