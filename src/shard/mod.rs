@@ -119,10 +119,12 @@ struct Door {
 
 impl Door {
     fn new(orders: Arc<Orders>) -> Self {
-        orders.without_reserve.fetch_add(1, Ordering::Relaxed);
-        let door = Self { reserve: RefCell::default(), orders };
-        door.hold();
-        door
+        let mut reserve = Reserve::default();
+        // counted only if it has none: whoever is let in while another shard begins must not be taken for too many
+        if !reserve.hold() {
+            orders.without_reserve.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { reserve: RefCell::new(reserve), orders }
     }
 
     /// Takes a descriptor in reserve, if it has none and there is one; whether every shard has its own. What one
