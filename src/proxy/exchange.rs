@@ -145,10 +145,10 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
         judge.failed(&chosen.worker, &failure, cx.clock.now());
         chosen.unsent = failure.is_unsent();
 
-        // 6. another attempt?
+        // 6. another attempt? The waits are in boxes: they are rare, and a timer wants lines of its own.
         let mut next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some());
         if Retries::waits_for_probe(&failure, next) {
-            match client.outlet.watch.limit(PROBE_MS, has_died(&chosen.worker)).await {
+            match client.outlet.watch.limit(PROBE_MS, Box::pin(has_died(&chosen.worker))).await {
                 Ok(()) => next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some()),
                 Err(_) if client.outlet.watch.is_total_over() => {
                     return refuse(client, account, &Failure::TotalTime).await;
@@ -174,7 +174,7 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
             Next::Again(pause_ms) => {
                 // its load is not there while it is waited for
                 drop(chosen);
-                if client.outlet.watch.limit(0, pause(pause_ms)).await.is_err() {
+                if client.outlet.watch.limit(0, Box::pin(pause(pause_ms))).await.is_err() {
                     return refuse(client, account, &Failure::TotalTime).await;
                 }
             }
