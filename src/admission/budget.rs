@@ -23,6 +23,11 @@ impl Budget {
         Arc::new(Self { limit, held: AtomicU64::new(0) })
     }
 
+    /// Bytes that may be held.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
     /// Bytes held now.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)

@@ -63,6 +63,7 @@ pub(super) async fn run(
             }
             Due::Probe => {
                 step(&control, position, worker, &mut watch, &mut dummies).await;
+                worker.settle_doubt();
                 drop(latch.take());
             }
         }

@@ -346,10 +346,14 @@ impl Client<'_> {
     /// Makes sure that so many bytes of the request's body may be held.
     ///
     /// # Errors
-    /// The memory for all bodies is used up.
+    /// The memory for all bodies is used up, or would not even suffice for this one.
     pub(super) fn hold(&mut self, bytes: usize) -> Result<(), Failure> {
         if self.held.cover(bytes as u64) {
             return Ok(());
+        }
+        let limit = self.cx.body_budget.limit();
+        if bytes as u64 > limit {
+            return Err(Failure::BodyTooLarge { limit });
         }
         Err(self.refused(Refused::after_micros(Reason::Memory, MEMORY_RETRY_MICROS)))
     }

@@ -29,7 +29,8 @@ use crate::{
 };
 
 /// How long a request that was lost with its connection waits for the probe that says whether its worker is gone, and
-/// how often it looks, in milliseconds. The control thread looks ten times a second for whom to probe.
+/// how often it looks, in milliseconds. The control thread looks ten times a second for whom to probe; a probe of
+/// a server that is gone, or well, takes no time.
 pub(crate) const PROBE_MS: u64 = 2000;
 pub(crate) const LOOK_MS: u64 = 20;
 
@@ -149,7 +150,8 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
         let mut next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some());
         if Retries::waits_for_probe(&failure, next) {
             match client.outlet.watch.limit(PROBE_MS, Box::pin(has_died(&chosen.worker))).await {
-                Ok(()) => next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some()),
+                Ok(true) => next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some()),
+                Ok(false) => {}
                 Err(_) if client.outlet.watch.is_total_over() => {
                     return refuse(client, account, &Failure::TotalTime).await;
                 }
@@ -183,11 +185,15 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
     }
 }
 
-/// Ends when a probe has found that the worker is gone.
-async fn has_died(worker: &Worker) {
+/// Waits for the probe that its failure has brought about: whether the worker is gone.
+async fn has_died(worker: &Worker) -> bool {
     while worker.health() != Health::Down {
+        if !worker.is_doubted() {
+            return false;
+        }
         pause(LOOK_MS).await;
     }
+    true
 }
 
 /// What may be done with a request (`faults.md` §4).

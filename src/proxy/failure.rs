@@ -63,6 +63,9 @@ pub(crate) enum Failure {
     /// The worker did not read the request for `--worker-write-timeout-secs`.
     #[error("the request was not read")]
     Unread,
+    /// The answer had begun, and nothing came for `--stream-idle-timeout-secs`.
+    #[error("the answer stopped within itself")]
+    Stalled,
     /// `--request-timeout-secs` are over.
     #[error("the request took too long")]
     TotalTime,
@@ -142,6 +145,7 @@ impl Failure {
             | Self::AnswerBody
             | Self::NoHead
             | Self::Unread
+            | Self::Stalled
             | Self::TotalTime
             | Self::Unexpected(_) => return None,
         })

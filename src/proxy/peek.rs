@@ -137,7 +137,7 @@ impl Peek {
     /// (`--sse-keepalive-secs`) is not kept waiting in silence: then the answer is passed on, and the read goes on.
     ///
     /// # Errors
-    /// The answer broke off, its framing is broken, or the request's time is over.
+    /// The answer broke off or has stopped, its framing is broken, or the request's time is over.
     ///
     /// # Cancellation
     /// Bytes may be lost: the worker's connection must be closed.
@@ -152,12 +152,19 @@ impl Peek {
     ) -> Result<Seen, Failure> {
         let events = self.question == Question::Begins;
         let keepalive_ms = if events { cx.settings.sse_keepalive_secs.saturating_mul(1000) } else { 0 };
+        let idle_ms = cx.settings.stream_idle_timeout_secs.saturating_mul(1000);
         loop {
             reader.prepare(cx.buffers.large());
             let quiet = watch.deadline_in(keepalive_ms);
+            // silence before the first byte of a body is a prompt that is computed
+            let idle = watch.deadline_in(if buffer.is_empty() { 0 } else { idle_ms });
             let reading = reader.read(|| cx.buffers.large());
-            let Ok((result, mut part)) = watch.stream_until(quiet, reading).await else {
-                return if watch.is_total_over() { Err(Failure::TotalTime) } else { Ok(Seen::Pass) };
+            let Ok((result, mut part)) = watch.stream_until(quiet.min(idle), reading).await else {
+                return match watch.is_total_over() {
+                    true => Err(Failure::TotalTime),
+                    false if watch.is_over(idle) => Err(Failure::Stalled),
+                    false => Ok(Seen::Pass),
+                };
             };
             let seen = match result {
                 Ok(count) if count > 0 => self.look(part.filled()),

@@ -200,7 +200,7 @@ pub(super) fn failure(failure: &Failure) -> Option<(Answer, Refusal)> {
             answer.retry_after_secs = Some(RETRY_AFTER_SECS);
             (answer, Refusal::NoWorker)
         }
-        Failure::NoHead | Failure::Unread => {
+        Failure::NoHead | Failure::Unread | Failure::Stalled => {
             (Answer::error(504, &format!("The worker failed: {failure}.")), Refusal::WorkerTimeout)
         }
         Failure::TotalTime => {

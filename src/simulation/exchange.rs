@@ -131,7 +131,10 @@ pub(super) async fn exchange(world: &World, request: &Request) -> Outcome {
         };
         if next.is_some_and(|next| Retries::waits_for_probe(&failure, next)) {
             let until = (world.time.now() + PROBE_MS).min(request.deadline);
-            while world.time.now() < until && chosen.worker.health() != Health::Down {
+            while world.time.now() < until
+                && chosen.worker.health() != Health::Down
+                && chosen.worker.is_doubted()
+            {
                 world.time.sleep_until((world.time.now() + LOOK_MS).min(until)).await;
             }
             if world.time.now() >= request.deadline {

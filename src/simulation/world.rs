@@ -453,7 +453,10 @@ async fn watch_over(world: Rc<World>, position: usize) {
         match watch.due(time.now(), worker.health()) {
             Due::Wait(wait_ms) => time.sleep(LOOK_MS.min(wait_ms)).await,
             Due::TakenOut => {}
-            Due::Probe => probe(&world, position, &mut watch).await,
+            Due::Probe => {
+                probe(&world, position, &mut watch).await;
+                worker.settle_doubt();
+            }
         }
     }
 }

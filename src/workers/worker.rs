@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -103,6 +103,11 @@ pub const MAX_POLICIES: usize = 16;
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
+/// What has become of a doubt: nobody has one, somebody has, a probe is about it.
+const SETTLED: u8 = 0;
+const DOUBTED: u8 = 1;
+const LOOKED_AT: u8 = 2;
+
 /// What the data-parallel ranks of one server have in common: one listener, one process to be started anew.
 #[derive(Debug, Default)]
 struct Server {
@@ -112,7 +117,7 @@ struct Server {
     /// [`Rest`]s, as bits: what it said when it was asked, other than in its `/metrics`.
     resting: AtomicU8,
     /// Somebody wants it probed.
-    doubted: AtomicBool,
+    doubt: AtomicU8,
     /// Grows with every loss of the prefix caches.
     cache_generation: AtomicU32,
     /// Workers that are ranks of it.
@@ -283,14 +288,28 @@ impl Worker {
     /// that has spoken it is used as before.
     pub fn doubt(&self) {
         // what many requests doubt together is written once
-        if !self.server.doubted.load(Ordering::Relaxed) {
-            self.server.doubted.store(true, Ordering::Relaxed);
+        if self.server.doubt.load(Ordering::Relaxed) != DOUBTED {
+            self.server.doubt.store(DOUBTED, Ordering::Relaxed);
         }
     }
 
     /// Whether it was doubted since this was asked last.
     pub fn take_doubt(&self) -> bool {
-        self.server.doubted.load(Ordering::Relaxed) && self.server.doubted.swap(false, Ordering::Relaxed)
+        self.server.doubt.load(Ordering::Relaxed) == DOUBTED && self.exchange_doubt(DOUBTED, LOOKED_AT)
+    }
+
+    /// A probe has ended: what was doubted when it began is settled.
+    pub fn settle_doubt(&self) {
+        self.exchange_doubt(LOOKED_AT, SETTLED);
+    }
+
+    /// Whether it is doubted, and no probe that began later has ended.
+    pub fn is_doubted(&self) -> bool {
+        self.server.doubt.load(Ordering::Relaxed) != SETTLED
+    }
+
+    fn exchange_doubt(&self, from: u8, to: u8) -> bool {
+        self.server.doubt.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Others are preferred until then: it has just refused a request, or failed one in a way that may have been the
@@ -436,6 +455,22 @@ mod tests {
         worker.doubt();
         worker.doubt();
         assert!(worker.take_doubt() && !worker.take_doubt());
+    }
+
+    #[test]
+    fn a_doubt_is_settled_by_a_probe_that_began_after_it() {
+        let worker = worker();
+        assert!(!worker.is_doubted());
+        worker.doubt();
+        worker.settle_doubt();
+        assert!(worker.is_doubted(), "that probe had begun before");
+        assert!(worker.take_doubt() && worker.is_doubted());
+        worker.doubt();
+        worker.settle_doubt();
+        assert!(worker.is_doubted(), "somebody else has doubts again");
+        assert!(worker.take_doubt());
+        worker.settle_doubt();
+        assert!(!worker.is_doubted());
     }
 
     #[test]

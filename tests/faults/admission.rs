@@ -498,6 +498,11 @@ variants! {
             assert_eq!(answer.header("connection").as_deref(), Some("close"), "it was not read to its end");
         }
         assert_counted(&proxy, "body_memory", 2.0);
+        // to come back would not help this one
+        let never = client::post("/v1/chat/completions", chat(&"x".repeat(1_100_000), ""));
+        let mut client = proxy.client();
+        client.try_send(&never);
+        assert_eq!(client.response().status, 413);
         proxy.client().chat("m").expect(200);
         first.send(&request[request.len() - 1..]).response().expect(200);
         eventually("it comes back", || held() == 0);

@@ -12,7 +12,7 @@ use std::{
 use crate::support::{
     Client, End, Gate, Proxy, Response, client, eventually, patience, proxy, script, sse_event, variants,
     worker,
-    worker::{sse_end, sse_head},
+    worker::{chunk, sse_end, sse_head},
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -124,6 +124,20 @@ variants! {
         let answer = proxy.post("/half", "{}");
         assert!(!answer.complete && answer.status == 200, "{answer}");
         assert_eq!(count(&proxy, "broken_answers", "idle_timeout"), 1.0);
+    }
+
+    fn u9_an_answer_that_falls_silent_while_it_is_held_is_504(v: Variant) {
+        let half = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"a\":";
+        let role = chunk("data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n");
+        for silent in [script().send(half), script().send(sse_head()).send(role)] {
+            let silent = silent.wait(&Gate::new());
+            let workers = [(); 2].map(|()| worker().on(CHAT, silent.clone()).start());
+            let proxy =
+                proxy(v).worker(&workers[0]).worker(&workers[1]).arg("--stream-idle-timeout-secs", "1").start();
+            assert_504(&proxy.client().post(CHAT, client::chat_stream("m")));
+            let sent: usize = workers.iter().map(|worker| worker.requests().len()).sum();
+            assert_eq!((sent, proxy.usable_workers().len()), (1, 2), "a time limit is no reason to ask again");
+        }
     }
 
     fn a_request_that_takes_too_long_in_all_is_504_or_ends_with_an_error_event(v: Variant) {
