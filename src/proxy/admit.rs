@@ -153,7 +153,7 @@ pub(super) fn before_body(client: &Client<'_>, endpoint: &Endpoint) -> Result<()
     match client.request.framing() {
         RequestFraming::Length(length) if length <= most => Ok(()),
         _ if !to_workers => Ok(()),
-        _ => entrance.admission.foresee().map_err(|refused| client.refused(refused)),
+        _ => entrance.admission.foresee().map_err(|refused| client.not_admitted(refused)),
     }
 }
 
@@ -176,7 +176,7 @@ pub(super) async fn admit<'a>(
         return Ok(Pass { permit: None, room: None, waits: 0 });
     };
     let arrived = entrance.admission.arrives(cx.clock.exact().micros());
-    arrived.map_err(|refused| client.refused(refused))?;
+    arrived.map_err(|refused| client.not_admitted(refused))?;
     if let Some(permit) = entrance.admission.try_enter() {
         return Ok(Pass { permit: Some(permit), room: None, waits: 0 });
     }
@@ -206,7 +206,7 @@ pub(super) async fn wait_for_room<'a>(
     // what was found free may be taken again before it is used, but not for ever
     pass.waits += 1;
     if pass.waits > MAX_WAITS {
-        return Err(client.refused(entrance.admission.refuse(Reason::WorkersBusy)));
+        return Err(client.not_admitted(entrance.admission.refuse(Reason::WorkersBusy)));
     }
     let waits = pass.waits;
     *pass = Pass { waits, ..queue(client, entrance, fleet, serving, tried, claim).await? };
@@ -242,7 +242,7 @@ async fn queue<'a>(
             answer
         }
     };
-    let Admitted { permit, room } = admitted.map_err(|refused| client.refused(refused))?;
+    let Admitted { permit, room } = admitted.map_err(|refused| client.not_admitted(refused))?;
     Ok(Pass { permit: Some(permit), room, waits: 0 })
 }
 
@@ -337,9 +337,8 @@ fn find_room(
 
 impl Client<'_> {
     /// The failure of a request that is not let in, in the words of its endpoint.
-    pub(super) fn refused(&self, refused: Refused) -> Failure {
+    pub(super) fn not_admitted(&self, refused: Refused) -> Failure {
         let (method, path) = (self.request.method(), self.request.path());
-        tracing::debug!(method, path, reason = %refused, "a request was not let in");
         Failure::NotAdmitted(refused, vllm::lookup(method, path).error_shape)
     }
 
@@ -355,7 +354,7 @@ impl Client<'_> {
         if bytes as u64 > limit {
             return Err(Failure::BodyTooLarge { limit });
         }
-        Err(self.refused(Refused::after_micros(Reason::Memory, MEMORY_RETRY_MICROS)))
+        Err(self.not_admitted(Refused::after_micros(Reason::Memory, MEMORY_RETRY_MICROS)))
     }
 }
 

@@ -1,6 +1,6 @@
 //! One connection of a client, from its first byte to its last.
 
-use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
+use std::{fmt::Display, future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use crate::{
     admission::Held,
@@ -13,7 +13,7 @@ use crate::{
         respond::{self, Answer},
         retry::Failure,
     },
-    telemetry::metrics::Break,
+    telemetry::metrics::{Break, Refusal},
 };
 
 /// After an answer that ends the connection, what the client still sends is read and thrown away: closing with unread
@@ -184,8 +184,17 @@ impl Client<'_> {
     /// Answers a failure, if there is anybody to answer.
     pub(super) async fn refuse(&mut self, failure: &Failure) -> After {
         let Some((answer, reason)) = respond::failure(failure) else { return After::Close };
+        // there is no head, or none that means anything
         self.cx.metrics().refused(reason);
+        tracing::debug!(reason = reason.label(), why = %failure, "a request was refused");
         self.answer(&answer).await
+    }
+
+    /// Counts and tells that the request, whose head is there, gets an error of ours, and why.
+    pub(super) fn refused(&self, reason: Refusal, why: &dyn Display) {
+        self.cx.metrics().refused(reason);
+        let (method, path) = (self.request.method(), self.request.path());
+        tracing::debug!(method, path, reason = reason.label(), %why, "a request was refused");
     }
 
     /// Sends an answer of ours.

@@ -84,7 +84,7 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
     let mut serving = match who(endpoint, &fleet, &inspected.name, inspected.continues) {
         Ok(serving) => serving,
         Err(answer) => {
-            cx.metrics().refused(Refusal::UnknownModel);
+            client.refused(Refusal::UnknownModel, &"no worker has the model");
             return respond(client, account, &answer).await;
         }
     };
@@ -236,7 +236,7 @@ async fn respond(client: &mut Client<'_>, account: &Account<'_>, answer: &Answer
 async fn refuse(client: &mut Client<'_>, account: &Account<'_>, failure: &Failure) -> After {
     match respond::failure(failure) {
         Some((answer, reason)) => {
-            client.cx.metrics().refused(reason);
+            client.refused(reason, failure);
             respond(client, account, &answer).await
         }
         None => After::Close,
