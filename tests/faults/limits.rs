@@ -207,6 +207,7 @@ variants! {
             slow.fill(patience()).expect("a slow reader was cut");
             slow.seen.clear();
             slow.buffer.clear();
+            // the pace of the client, which is what the test is about
             thread::sleep(Duration::from_millis(100));
         }
         assert_eq!(count(&proxy, "broken_answers", "slow_client"), 0.0);

@@ -317,7 +317,7 @@ impl<'a> Retries<'a> {
             reason = reason.label(),
             attempts = self.attempts,
             next = ?next,
-            "an attempt failed"
+            "decided on another attempt"
         );
         next
     }
