@@ -100,6 +100,7 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "worker_cache_tokens", allowed: "a whole number from 0 to 2^40", check: |c| within(c.routing.worker_cache_tokens, 0..=1 << 40) },
     Rule { id: "cache_miss_weight_max", allowed: "a number from 1.2 to 100", check: |c| within(c.routing.cache_miss_weight_max, 1.2..=100.0) },
 
+    Rule { id: "hash_credit", allowed: "a number from 0 to 1", check: |c| within(c.routing.hash_credit, 0.0..=1.0) },
     Rule { id: "slow_start_secs", allowed: INTERVAL_OR_ZERO, check: |c| interval_or_zero(c.routing.slow_start_secs) },
     Rule { id: "no_panic_mode", allowed: SWITCH, check: |_| Ok(()) },
 

@@ -73,7 +73,8 @@ pub(super) struct Meaning {
 pub(super) struct Rank {
     /// Its number; `None`: the server has one engine, or chooses itself.
     pub(super) number: Option<u32>,
-    /// Our requests on it: the most that were seen before and after the look.
+    /// Requests on it of which we know, ours and those of other proxies: the most that were seen before and after the
+    /// look.
     pub(super) ours: u32,
 }
 

@@ -76,7 +76,7 @@ impl Control {
         };
         let ranks: Vec<&Arc<Worker>> = self.ranks(position).collect();
         scrape.with(|watch| watch.begin(self.clock.millis(), chance()));
-        let before: Vec<u32> = ranks.iter().map(|rank| rank.in_flight()).collect();
+        let before: Vec<u32> = ranks.iter().map(|rank| rank.known_in_flight()).collect();
         let limit = self.pace.scrape_limit();
         let answer = attempt::get(lead, "/metrics", self.key.as_ref(), limit, METRICS_BYTES).await;
         let now = self.clock.millis();
@@ -111,7 +111,7 @@ fn tell(watch: &mut Watch, now: Millis, ranks: &[&Arc<Worker>], before: &[u32], 
         tracing::info!(worker = %lead.url(), "worker was started anew, slept or woke: its prefix cache is empty");
     }
     for (at, (worker, before)) in ranks.iter().zip(before).enumerate() {
-        let ours = worker.in_flight().max(*before);
+        let ours = worker.known_in_flight().max(*before);
         let rank = Rank { number: worker.rank_number(), ours };
         let meaning = watch.meaning(at, rank, &report);
         worker.engine().set(&stats(&meaning.figures), meaning.foreign);

@@ -95,6 +95,11 @@ pub struct Settings {
     #[arg(long, env = "VLLM_PROXY_CACHE_MISS_WEIGHT_MAX", default_value_t = 10.0, value_name = "NUMBER")]
     pub cache_miss_weight_max: f64,
 
+    /// While other proxies on the same Redis cannot be heard: the share of a prompt's uncached tokens that `cache_aware`
+    /// does not charge the worker for which the prompt's hash speaks; 0: nothing
+    #[arg(long, env = "VLLM_PROXY_HASH_CREDIT", default_value_t = 0.3, value_name = "SHARE")]
+    pub hash_credit: f64,
+
     /// Policies of single models, as model=policy; models have nothing to do with each other's
     #[arg(long, env = "VLLM_PROXY_MODEL_POLICY", num_args = 1.., value_delimiter = ',', value_name = "MODEL=POLICY")]
     pub model_policy: Vec<ModelPolicy>,

@@ -1,7 +1,8 @@
 //! What runs on a worker now, counted by whoever sends it something.
 //!
-//! Our own figures are exact and of this moment. What others send to the worker is only seen through its
-//! `/metrics`, seconds late: it corrects the sum and never leads it.
+//! Our own figures are exact and of this moment. Other proxies tell theirs through Redis, a fraction of a second late.
+//! What anybody else sends to the worker is only seen through its `/metrics`, seconds late: it corrects the sum and
+//! never leads it.
 
 use std::sync::{
     Arc,
@@ -36,10 +37,22 @@ impl Demand {
     }
 }
 
+impl Load {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            in_flight: self.in_flight.saturating_add(other.in_flight),
+            queued_tokens: self.queued_tokens.saturating_add(other.queued_tokens),
+            decode_tokens: self.decode_tokens.saturating_add(other.decode_tokens),
+        }
+    }
+}
+
 /// What runs on a worker at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Requests: ours, and what the worker's own figures say of others'.
+    /// Requests: ours, those that other proxies tell of, and what the worker's own figures say of everybody else's.
     pub in_flight: u32,
     /// Work of requests that have not had their first token, in tokens; see [`Demand::work_tokens`].
     pub queued_tokens: u64,
@@ -53,6 +66,10 @@ pub(super) struct Cells {
     in_flight: AtomicU32,
     queued_tokens: AtomicU64,
     decode_tokens: AtomicU64,
+    /// The same of other proxies, as they tell it; written by the sync thread only.
+    peers_in_flight: AtomicU32,
+    peers_queued_tokens: AtomicU64,
+    peers_decode_tokens: AtomicU64,
 }
 
 impl Cells {
@@ -61,12 +78,27 @@ impl Cells {
     }
 
     /// Our own requests only.
-    pub(super) fn load(&self) -> Load {
+    pub(super) fn own(&self) -> Load {
         Load {
             in_flight: self.in_flight(),
             queued_tokens: self.queued_tokens.load(Ordering::Relaxed),
             decode_tokens: self.decode_tokens.load(Ordering::Relaxed),
         }
+    }
+
+    /// Those of other proxies.
+    pub(super) fn peers(&self) -> Load {
+        Load {
+            in_flight: self.peers_in_flight.load(Ordering::Relaxed),
+            queued_tokens: self.peers_queued_tokens.load(Ordering::Relaxed),
+            decode_tokens: self.peers_decode_tokens.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn set_peers(&self, load: Load) {
+        self.peers_in_flight.store(load.in_flight, Ordering::Relaxed);
+        self.peers_queued_tokens.store(load.queued_tokens, Ordering::Relaxed);
+        self.peers_decode_tokens.store(load.decode_tokens, Ordering::Relaxed);
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::base::Millis;
 use crate::telemetry::metrics::{Ejection, ProbeVerdict};
@@ -134,6 +135,7 @@ pub struct Worker {
     id: usize,
     spec: WorkerSpec,
     name: String,
+    key: u64,
     rank: Option<String>,
     server: Arc<Server>,
     /// Of the server. Beside it, because it is only written to when something is wrong, and read for every choice.
@@ -174,6 +176,7 @@ impl Worker {
         Self {
             id,
             spec,
+            key: xxh3_64(name.as_bytes()),
             name,
             rank,
             server,
@@ -198,6 +201,11 @@ impl Worker {
     /// How it is shown: its URL, and behind an `@` its data-parallel rank.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The same in every process that knows it by this name: what proxies call it among themselves.
+    pub fn key(&self) -> u64 {
+        self.key
     }
 
     /// Value of `X-data-parallel-rank` for it.
@@ -391,6 +399,11 @@ impl Worker {
         self.load.0.in_flight()
     }
 
+    /// Requests of this process and of the proxies that it hears of.
+    pub fn known_in_flight(&self) -> u32 {
+        self.in_flight().saturating_add(self.peers_load().in_flight)
+    }
+
     /// Whether as many of our requests run on it as may at a time.
     pub fn is_full(&self) -> bool {
         self.traits().max_concurrent_requests.is_some_and(|most| self.in_flight() >= most)
@@ -398,8 +411,23 @@ impl Worker {
 
     /// What runs on it now.
     pub fn load(&self) -> Load {
-        let own = self.load.0.load();
-        Load { in_flight: own.in_flight.saturating_add(self.engine.foreign()), ..own }
+        let foreign = Load { in_flight: self.engine.foreign(), ..Load::default() };
+        self.own_load().plus(self.peers_load()).plus(foreign)
+    }
+
+    /// What this process has running on it.
+    pub fn own_load(&self) -> Load {
+        self.load.0.own()
+    }
+
+    /// What other proxies say that they have running on it.
+    pub fn peers_load(&self) -> Load {
+        self.load.0.peers()
+    }
+
+    /// Takes over what other proxies say; only ever called by one thread.
+    pub fn set_peers_load(&self, load: Load) {
+        self.load.0.set_peers(load);
     }
 
     pub(super) fn cells(&self) -> &Cells {

@@ -10,6 +10,10 @@
 //! is greedy, and a busy fleet falls into a state where every prompt is computed everywhere (`routing.md` §0.2,
 //! simulated: at 90 % load the mean time to the first token is 48 times as long). Ties are broken by chance.
 //!
+//! While other proxies cannot be heard, each knows only what it sent itself. So that they agree without a word, the
+//! worker that a prompt's first unknown chunk names (the highest hash of both, "rendezvous") is charged
+//! `--hash-credit` less of what it would have to compute (`routing.md` §4.5).
+//!
 //! What is not known of a prompt (a body that was not read, a prompt shorter than a chunk) is taken for uncached on
 //! every worker: then the load decides alone.
 
@@ -18,7 +22,7 @@ use std::sync::Arc;
 use super::chance;
 use crate::{
     routing::{
-        CacheSizes, Candidates, Definition, Needs, Outcome, Partings, Policy, PrefixIndex, Prompt,
+        CacheSizes, Candidates, Definition, Journal, Needs, Outcome, Partings, Policy, PrefixIndex, Prompt,
         RouteInput, Score, Selection, Shared,
     },
     workers::{Demand, Worker},
@@ -53,7 +57,9 @@ struct CacheAware {
     index: Arc<PrefixIndex>,
     sizes: Arc<CacheSizes>,
     partings: Arc<Partings>,
+    journal: Arc<Journal>,
     miss_weight_max: f64,
+    hash_credit: f64,
     /// Of the candidates, in their order: numbers in the index, chunks found there, costs.
     seats: Vec<usize>,
     depths: Vec<u32>,
@@ -66,6 +72,8 @@ impl CacheAware {
             index: shared.index.clone(),
             sizes: shared.sizes.clone(),
             partings: shared.partings.clone(),
+            journal: shared.journal.clone(),
+            hash_credit: shared.settings.hash_credit,
             miss_weight_max: shared.settings.cache_miss_weight_max.max(MISS_WEIGHT_MIN),
             seats: Vec::new(),
             depths: Vec::new(),
@@ -79,6 +87,17 @@ impl CacheAware {
         let mean = queued as f64 / candidates.len().max(1) as f64;
         (MISS_WEIGHT_MIN + mean / BACKLOG_TOKENS).min(self.miss_weight_max)
     }
+
+    /// The position of the worker that is charged less, as long as other proxies are not heard.
+    fn home(&self, prompt: &Prompt, candidates: &Candidates<'_>) -> Option<usize> {
+        if self.hash_credit == 0.0 || !self.journal.is_alone() {
+            return None;
+        }
+        let known = self.depths.iter().copied().max()?;
+        let chunk = prompt.chunks().get(known as usize)?;
+        let place = |(_, worker): &(usize, &Worker)| chance::mix(worker.key() ^ chunk);
+        candidates.iter().max_by_key(place).map(|(position, _)| position)
+    }
 }
 
 impl Policy for CacheAware {
@@ -91,9 +110,11 @@ impl Policy for CacheAware {
         }
         self.index.matched(input.prompt.chunks(), &self.seats, &mut self.depths);
         let weight = self.miss_weight(candidates);
+        let home = self.home(input.prompt, candidates);
         let mut least = f64::INFINITY;
         for ((position, worker), &depth) in candidates.iter().zip(&self.depths) {
             let load = worker.load();
+            let weight = if home == Some(position) { weight * (1.0 - self.hash_credit) } else { weight };
             let work = load.queued_tokens as f64
                 + weight * demand(&self.partings, input.prompt, worker, depth).work_tokens as f64
                 + REQUEST_TOKENS * (f64::from(load.in_flight) + 1.0)
@@ -112,6 +133,7 @@ impl Policy for CacheAware {
         // Until its request ends a prompt is in use and cannot be evicted, whatever comes meanwhile.
         let room = input.prompt.chunks_per(self.sizes.tokens(worker));
         self.index.touch(worker.id(), input.prompt.chunks(), room, room);
+        self.journal.sent(worker, input.prompt);
         Some(selection)
     }
 
@@ -125,10 +147,10 @@ impl Policy for CacheAware {
         // now it can be evicted, and is the last to be: vLLM frees a request's blocks when it ends
         let room = prompt.chunks_per(self.sizes.tokens(worker));
         self.index.touch(worker.id(), prompt.chunks(), room, 0);
-        if let Some(generated) = usage.completion_tokens {
-            // it lies in the worker's cache although no prompt leads to it yet
-            self.index.add_pressure(worker.id(), prompt.chunks_per(generated), room);
-        }
+        // it lies in the worker's cache although no prompt leads to it yet
+        let generated = prompt.chunks_per(usage.completion_tokens.unwrap_or(0));
+        self.index.add_pressure(worker.id(), generated, room);
+        self.journal.ended(worker, prompt, generated);
         if let Some(reported) = usage.cached_tokens {
             let (certain, possible) = demand.shared_tokens;
             self.partings.learn(&(certain..possible), block(worker), reported);

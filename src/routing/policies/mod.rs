@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::{
     base::Millis,
-    routing::{CacheSizes, Candidates, Partings, PrefixIndex, Prompt, Settings, TokenRates},
+    routing::{CacheSizes, Candidates, Journal, Partings, PrefixIndex, Prompt, Settings, TokenRates},
     vllm::Usage,
     workers::{Demand, Worker},
 };
@@ -108,11 +108,18 @@ pub struct Shared {
     pub rates: Arc<TokenRates>,
     /// Where in a chunk prompts part.
     pub partings: Arc<Partings>,
+    /// What other proxies are told.
+    pub journal: Arc<Journal>,
 }
 
 impl Shared {
     /// For shards that serve before `workers` workers.
     pub fn new(settings: Settings, workers: usize) -> Self {
+        Self::with_journal(settings, workers, Journal::default())
+    }
+
+    /// As [`Shared::new`], where other proxies are told by this journal.
+    pub fn with_journal(settings: Settings, workers: usize, journal: Journal) -> Self {
         let wanted = settings.needs().prompt;
         let bytes = if wanted { settings.prefix_index_bytes } else { 0 };
         Self {
@@ -120,6 +127,7 @@ impl Shared {
             sizes: Arc::new(CacheSizes::new(settings.worker_cache_tokens, workers)),
             rates: Arc::new(TokenRates::default()),
             partings: Arc::new(Partings::default()),
+            journal: Arc::new(journal),
             settings: Arc::new(settings),
         }
     }

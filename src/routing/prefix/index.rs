@@ -28,7 +28,7 @@ use std::{
 };
 
 use crate::routing::prefix::{
-    memory,
+    STRIDE, memory,
     seat::{Pass, Seats, later},
 };
 
@@ -56,8 +56,8 @@ const MAX_PRESSURE: u64 = 1 << 24;
 /// 2⁶⁴ divided by the golden ratio, odd: spreads what differs in a few bits only.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Chunks that have to be missing before a depth is held for too deep.
-const NEAR: usize = 3;
+/// Chunks that have to be missing before a depth is held for too deep: of what other proxies sent so few are known.
+const NEAR: usize = STRIDE;
 
 /// Chunks that are asked for ahead of the one that is looked at: as many misses are under way at once.
 const AHEAD: usize = 12;
@@ -189,7 +189,18 @@ impl PrefixIndex {
     /// What is in use cannot go: `lead` is how many chunks will presumably be put there until this use ends, and 0
     /// where it has ended.
     pub fn touch(&self, seat: usize, chunks: &[u64], capacity: u64, lead: u64) {
-        let fit = usize::try_from(capacity).unwrap_or(usize::MAX).min(chunks.len());
+        self.put_all(seat, chunks, (1, 1), capacity, lead);
+    }
+
+    /// As [`PrefixIndex::touch`], of a prompt of which only every [`STRIDE`]th chunk and the last one are known: each
+    /// stands for those before it, the last one for `tail` chunks.
+    pub fn touch_sparse(&self, seat: usize, chunks: &[u64], tail: u32, capacity: u64, lead: u64) {
+        self.put_all(seat, chunks, (STRIDE as u32, tail.clamp(1, STRIDE as u32)), capacity, lead);
+    }
+
+    /// Puts chunks, each of which stands for so many, and the last one for so many.
+    fn put_all(&self, seat: usize, chunks: &[u64], (each, tail): (u32, u32), capacity: u64, lead: u64) {
+        let fit = usize::try_from(capacity / u64::from(each)).unwrap_or(usize::MAX).min(chunks.len());
         if fit == 0 {
             return;
         }
@@ -197,6 +208,7 @@ impl PrefixIndex {
         // what lies before a chunk that was written is written as well, so that it does not go first
         let mut recent = RECENT;
         let mut ahead = chunks.iter().take(fit).rev().skip(AHEAD);
+        pass.weigh(if fit == chunks.len() { tail } else { each });
         for &chunk in chunks.iter().take(fit).rev() {
             if let Some(&chunk) = ahead.next() {
                 // a new one may go to either
@@ -207,6 +219,7 @@ impl PrefixIndex {
             if self.put(chunk, seat, recent, &mut pass) {
                 recent = 0;
             }
+            pass.weigh(each);
         }
         pass.end();
     }

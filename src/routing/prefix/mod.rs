@@ -12,9 +12,13 @@ mod rates;
 mod seat;
 mod sizes;
 
+/// Of the chunks of a prompt other proxies are told every so many-th, and the last one: who holds a chunk holds those
+/// before it, so that nothing is lost but how far a prompt is shared that parts between two of them.
+pub const STRIDE: usize = 4;
+
 pub use index::{MAX_SEATS, PrefixIndex};
 pub use partings::Partings;
-pub use prompt::{CHUNK_BYTES, MAX_CHUNKS, Prompt};
+pub use prompt::{CHUNK_BITS, CHUNK_BYTES, MAX_CHUNKS, Prompt};
 pub use rates::TokenRates;
 pub use sizes::CacheSizes;
 

@@ -6,7 +6,7 @@ use memchr::memchr_iter;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::{
-    routing::prefix::{media, rates},
+    routing::prefix::{STRIDE, media, rates},
     vllm::{Facts, Key},
 };
 
@@ -16,6 +16,10 @@ pub const CHUNK_BYTES: usize = 512;
 
 /// Chunks of a prompt that are known at most: 16 MiB of it. What follows is counted and cannot be found again.
 pub const MAX_CHUNKS: usize = 16 * 1024 * 1024 / CHUNK_BYTES;
+
+/// Bits of the number that a chunk is known by: enough to tell those of a fleet from each other, and few enough to
+/// be told to other proxies.
+pub const CHUNK_BITS: u32 = 48;
 
 /// Chunks that an image counts as, about a thousand tokens: between what models make of small and of large ones.
 const MEDIUM_CHUNKS: usize = 8;
@@ -59,7 +63,7 @@ const OTHER: &[Key] = &[
 /// others is seen of the first.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompt {
-    /// In the prompt's order. None is 0.
+    /// In the prompt's order. None is 0, and none has more than [`CHUNK_BITS`].
     chunks: Vec<u64>,
     /// Where chunks do not follow on the one before: number of the chunk, and the bytes before it. Ascending;
     /// empty: chunks follow on each other from the beginning.
@@ -76,6 +80,7 @@ pub struct Prompt {
 impl Prompt {
     /// A prompt of these chunks, each of them [`CHUNK_BYTES`] of its `bytes`, and so many tokens.
     pub fn new(chunks: Vec<u64>, bytes: u64, tokens: u64) -> Self {
+        let chunks = chunks.into_iter().map(known_by).collect();
         Self { chunks, bytes, tokens, rated_bytes: Some(bytes), ..Self::default() }
     }
 
@@ -106,9 +111,18 @@ impl Prompt {
         self.rated_bytes = Some(rated).filter(|_| exact == 0 && !media && rated > 0);
     }
 
-    /// The chained hashes of its chunks; none is 0.
+    /// The chained hashes of its chunks, of [`CHUNK_BITS`] each; none is 0.
     pub fn chunks(&self) -> &[u64] {
         &self.chunks
+    }
+
+    /// Those of its chunks that other proxies are told: every [`STRIDE`]th, and the last one; and how many chunks that
+    /// one stands for.
+    pub fn sparse(&self) -> (impl ExactSizeIterator<Item = u64>, u32) {
+        let groups = self.chunks.chunks(STRIDE);
+        let tail = groups.clone().next_back().map_or(0, <[u64]>::len);
+        // no group is empty
+        (groups.map(|group| group.last().copied().unwrap_or_default()), tail as u32)
     }
 
     /// Tokens that it is believed to have; known where it is given as tokens.
@@ -167,6 +181,11 @@ impl Prompt {
         }
         scale(tokens, self.bytes, self.tokens.saturating_mul(CHUNK_BYTES as u64))
     }
+}
+
+/// The number that a chunk with this hash is known by.
+fn known_by(hash: u64) -> u64 {
+    (hash & ((1 << CHUNK_BITS) - 1)).max(1)
 }
 
 /// `number` times `over` divided by `under`, which is not 0.
@@ -254,7 +273,7 @@ impl Reading<'_> {
 
     fn push(&mut self, hash: u64) {
         self.link(hash);
-        self.prompt.chunks.push(self.chain);
+        self.prompt.chunks.push(known_by(self.chain));
     }
 
     fn link(&mut self, hash: u64) {

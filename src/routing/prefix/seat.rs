@@ -254,6 +254,7 @@ impl Seats {
             left: 0,
             left_tick: 0,
             move_step: 0,
+            weight: 1,
         };
         self.creep(seat, whole(clock));
         pass.look_at_room();
@@ -277,6 +278,8 @@ pub(super) struct Pass<'a> {
     step: u64,
     /// What one that is renewed moves it.
     move_step: u64,
+    /// Chunks that an entry stands for.
+    weight: u32,
     /// By how much the entries' ticks are ahead of the clock.
     lead: u64,
     /// The clock as it was read last.
@@ -301,10 +304,16 @@ impl Pass<'_> {
         self.lead == 0
     }
 
+    /// What is put from now on stands for so many chunks each. What is taken off for it may have stood for fewer or
+    /// more: what that makes wrong ends when its tick is swept.
+    pub(super) fn weigh(&mut self, chunks: u32) {
+        self.weight = chunks;
+    }
+
     /// An entry was put that was not held before.
     pub(super) fn inserted(&mut self) {
-        self.placed += 1;
-        self.advance(self.step);
+        self.placed += self.weight.cast_signed();
+        self.advance(self.step * u64::from(self.weight));
     }
 
     /// So many entries more were put.
@@ -324,9 +333,9 @@ impl Pass<'_> {
             self.take_off();
             self.left_tick = from;
         }
-        self.left += 1;
-        self.placed += 1;
-        self.advance(self.move_step);
+        self.left += self.weight.cast_signed();
+        self.placed += self.weight.cast_signed();
+        self.advance(self.move_step * u64::from(self.weight));
     }
 
     /// Counts everything, and evicts what is too much.
