@@ -88,6 +88,7 @@ pub mod routing;
 pub mod shard;
 #[cfg(test)]
 mod simulation;
+pub mod sync;
 pub mod telemetry;
 pub mod upstream;
 pub mod vllm;

@@ -20,6 +20,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("shard",       &["base", "telemetry", "proxy", "net", "workers"]),
     ("control",     &["base", "telemetry", "workers", "vllm", "routing"]),
     ("admin",       &["base", "telemetry", "workers", "vllm", "http", "control"]),
+    ("sync",        &["base", "telemetry", "admission", "workers", "routing"]),
     ("healthcheck", &["base", "workers"]),
     ("config",      &["base", "telemetry", "workers", "healthcheck", SETTINGS]),
     ("demo",        &["base", "telemetry", "workers", "http", "vllm"]),

@@ -12,6 +12,7 @@ mod load;
 mod registry;
 mod settings;
 mod spec;
+mod stored;
 mod url;
 mod worker;
 
@@ -22,5 +23,6 @@ pub use load::{Demand, InFlight, Load};
 pub use registry::{Learnt, ModelSettings, Registry};
 pub use settings::Settings;
 pub use spec::{Traits, WorkerSpec};
+pub use stored::StoredResponses;
 pub use url::{UrlError, WorkerUrl};
 pub use worker::{Addresses, Health, MAX_POLICIES, Rest, Worker, WorkerCounters};

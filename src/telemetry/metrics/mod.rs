@@ -9,6 +9,7 @@
 
 mod catalogue;
 mod slot;
+mod sync;
 
 use std::{
     fmt,
@@ -27,6 +28,8 @@ pub use slot::{
     AcceptError, Break, Ejection, ProbeVerdict, Refusal, Retry, ShardMetrics, Shed, StatusClass,
     TTFB_BUCKETS_MICROS,
 };
+
+pub use sync::SyncFigures;
 
 /// How a scrape is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
