@@ -8,8 +8,10 @@
 //! figures that need no history; which prompts were sent where; who has stored a response. Redis may lose any of
 //! it at any time: loads are told anew with every heartbeat, prompts when they come again.
 
+mod quota;
 mod replica;
 mod settings;
 
+pub use quota::Quota;
 pub use replica::{HEARTBEAT_MS, PEER_MS, Parts, Replica};
 pub use settings::Settings;

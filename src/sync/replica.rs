@@ -7,6 +7,7 @@ use crossbeam_channel::Receiver;
 use crate::{
     base::Millis,
     routing::{Event, Shared},
+    sync::Quota,
     telemetry::metrics::SyncFigures,
     workers::{FleetHandle, StoredResponses},
 };
@@ -30,6 +31,8 @@ pub struct Parts {
     pub fleet: FleetHandle,
     /// Who has stored which response.
     pub stored: Arc<StoredResponses>,
+    /// This proxy's part of a limit that all share; `None`: there is none.
+    pub quota: Option<Arc<Quota>>,
     /// What is counted.
     pub figures: Arc<SyncFigures>,
     /// What the stream may take in Redis, in bytes, about.
