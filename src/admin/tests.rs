@@ -21,6 +21,7 @@ const MISSING: &str = r#"{"error":{"message":"Response with id 'resp_1' not foun
 struct Running {
     admin: SocketAddr,
     fleet: FleetHandle,
+    stored: Arc<StoredResponses>,
     handle: Option<Handle>,
 }
 
@@ -71,7 +72,8 @@ impl Running {
         let admin = listener.local_addr().unwrap();
         let metrics = Arc::new(Metrics::new(1, ["/v1/chat/completions"]));
         let limits = Limits { connect: Duration::from_secs(2), body_bytes };
-        let service = service(listener, metrics, limits);
+        let stored = Arc::new(StoredResponses::default());
+        let service = service(listener, metrics, limits, stored.clone());
         let handle = control::start(Parts {
             clock: crate::base::Clock::start(),
             settings,
@@ -81,7 +83,7 @@ impl Running {
         })
         .unwrap();
         handle.wait_ready();
-        Self { admin, fleet, handle: Some(handle) }
+        Self { admin, fleet, stored, handle: Some(handle) }
     }
 
     /// Sends a request and leaves the answer to be read.

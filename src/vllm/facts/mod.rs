@@ -23,7 +23,7 @@ pub struct Facts {
     /// Whether the response is to be stored or made in the background, so that it is never asked for twice.
     pub stores: bool,
     /// Whether a response may be asked for later: that it is to be stored is vLLM's default.
-    pub keeps: bool,
+    pub storable: bool,
     /// Where the values lie that matter for routing.
     pub prompt: Ranges,
     /// Whether the object was seen from brace to brace; else `prompt` is what was found until then.
@@ -205,7 +205,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         stream: false,
         previous_response_id: false,
         stores: false,
-        keeps: false,
+        storable: false,
         prompt: Ranges::default(),
         complete: false,
         open: None,
@@ -217,7 +217,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         facts.model = model(value(Key::Model), facts.prompt.get(Key::Model));
     }
     facts.stream = truth(value(Key::Stream));
-    facts.keeps = facts.prompt.get(Key::Store).is_none() || truth(value(Key::Store));
+    facts.storable = facts.prompt.get(Key::Store).is_none() || truth(value(Key::Store));
     facts.stores = truth(value(Key::Store)) || truth(value(Key::Background));
     facts.previous_response_id = value(Key::PreviousResponseId).first() == Some(&b'"');
     facts
