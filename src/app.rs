@@ -36,6 +36,7 @@ pub struct Running {
     address: SocketAddr,
     driver: Driver,
     fleet: FleetHandle,
+    stored: Arc<StoredResponses>,
     orders: Arc<Orders>,
     metrics: Arc<Metrics>,
     shards: Vec<JoinHandle<anyhow::Result<()>>>,
@@ -162,7 +163,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
-    Ok(Running { address, driver, fleet, orders, metrics, shards, control, grace, ended })
+    Ok(Running { address, driver, fleet, stored, orders, metrics, shards, control, grace, ended })
 }
 
 impl Running {
@@ -179,6 +180,11 @@ impl Running {
     /// What it knows of its workers.
     pub fn fleet(&self) -> &FleetHandle {
         &self.fleet
+    }
+
+    /// Which workers it remembers to have stored responses.
+    pub fn stored(&self) -> &StoredResponses {
+        &self.stored
     }
 
     /// A watchdog over its shards.
