@@ -4,8 +4,8 @@
 //! stored it ([`StoredResponses`]) is asked first; all other usable ones are asked at once where nobody is remembered,
 //! where that worker does not say that it has it, or where it is slow to say so: memory makes it quicker and is never
 //! taken at its word. A `GET` of a client is that question itself. A response that continues another one
-//! (`previous_response_id`) goes to the holder of that; without one, any worker of the model answers the 404 in its own
-//! words.
+//! (`previous_response_id`) goes to the holder of that: to the worker that is remembered without a question, because its
+//! success is one; without a holder, any worker of the model answers the 404 in its own words.
 
 use std::{
     pin::Pin,
@@ -94,17 +94,33 @@ async fn continued(State(admin): State<Arc<Admin>>, request: Request) -> Respons
         .and_then(|id| Some((question(&head, &format!("{PREFIX}{}", escaped(&id)))?, id)));
     let (workers, body) = candidates(&admin, &facts, body);
     head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-    if let Some((question, id)) = question
-        && let Asked::Holder(holder, answer) = ask(&admin, &question, &id).await
-    {
-        drop(answer);
-        let holder = admin.least_busy(holder);
-        let answer = send_on(&admin, &holder, copy(&head, Body::from(body))).await;
-        return if facts.storable { storing(&admin, holder, answer) } else { answer };
+    let request = || copy(&head, Body::from(body.clone()));
+    let passed = |worker, answer| if facts.storable { storing(&admin, worker, answer) } else { answer };
+    if let Some((question, id)) = question {
+        // Who has it begins at once: a success needs no question, and no second worker that stores.
+        let mut refused = None;
+        if let Some(server) = admin.remembered(&admin.servers(None), StoredResponses::hash(&id)) {
+            let worker = admin.least_busy(server);
+            match forward(&admin, &worker, request()).await {
+                Ok(answer) if answer.status().is_success() => return passed(worker, answer),
+                Ok(answer) => refused = Some((worker, answer)),
+                Err(AttemptError::Connect(_) | AttemptError::Unresolved) => (),
+                Err(error) => return respond::attempt(&error),
+            }
+        }
+        if let Asked::Holder(holder, answer) = ask(&admin, &question, &id).await {
+            drop(answer);
+            if let Some((_, refusal)) = refused.filter(|(worker, _)| worker.shares_server(&holder)) {
+                return refusal;
+            }
+            let holder = admin.least_busy(holder);
+            let answer = send_on(&admin, &holder, request()).await;
+            return passed(holder, answer);
+        }
     }
     for worker in workers {
-        match forward(&admin, &worker, copy(&head, Body::from(body.clone()))).await {
-            Ok(answer) => return if facts.storable { storing(&admin, worker, answer) } else { answer },
+        match forward(&admin, &worker, request()).await {
+            Ok(answer) => return passed(worker, answer),
             // Nothing was sent: the next one may be asked.
             Err(AttemptError::Connect(_) | AttemptError::Unresolved) => (),
             Err(error) => return respond::attempt(&error),
@@ -136,8 +152,9 @@ async fn ask(admin: &Admin, head: &request::Parts, id: &str) -> Asked {
         let answer = timeout(LIMIT, forward(admin, &worker, copy(head, Body::empty()))).await;
         (worker, answer.unwrap_or(Err(AttemptError::Late)))
     };
-    let remembered = remembered(admin, &others, id).map(|at| others.swap_remove(at));
-    let mut asked: FuturesUnordered<_> = remembered.into_iter().map(question).collect();
+    let first = admin.remembered(&others, id);
+    others.retain(|server| first.as_ref().is_none_or(|first| !Arc::ptr_eq(server, first)));
+    let mut asked: FuturesUnordered<_> = first.into_iter().map(question).collect();
     let (mut missing, mut unclear, mut failed) = (None, None, None);
     loop {
         let patience = if others.is_empty() { LIMIT } else { HEAD_START };
@@ -169,12 +186,14 @@ async fn ask(admin: &Admin, head: &request::Parts, id: &str) -> Asked {
     Asked::Nobody(unclear.or(missing).or(failed).unwrap_or_else(respond::no_worker))
 }
 
-/// The position in `servers` of the one that is remembered to have stored the response.
-fn remembered(admin: &Admin, servers: &[Arc<Worker>], response: u64) -> Option<usize> {
-    let id = admin.stored.get(response)?;
-    let fleet = admin.control.fleet().load();
-    let holder = fleet.workers.iter().find(|worker| worker.id() == id)?;
-    servers.iter().position(|server| server.shares_server(holder))
+impl Admin {
+    /// The one of `servers` that is remembered to have stored the response.
+    fn remembered(&self, servers: &[Arc<Worker>], response: u64) -> Option<Arc<Worker>> {
+        let id = self.stored.get(response)?;
+        let fleet = self.control.fleet().load();
+        let holder = fleet.workers.iter().find(|worker| worker.id() == id)?;
+        servers.iter().find(|server| server.shares_server(holder)).cloned()
+    }
 }
 
 /// Reads along in an answer of `worker`, and remembers that it has stored the response.

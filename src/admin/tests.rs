@@ -641,3 +641,29 @@ fn a_response_made_by_continuing_one_is_remembered_unless_it_is_not_stored() {
         assert_eq!(running.stored.get(made), remembered, "{more}");
     }
 }
+
+#[test]
+fn what_the_holder_refuses_it_is_asked_once_and_what_another_refuses_is_no_answer() {
+    let says = |status: u16| {
+        Fake::scripted(move |asked| match &asked.line[..] {
+            "GET /v1/responses/resp_1" => Some(json(if status == 500 { 404 } else { 200 }, STORED)),
+            "POST /v1/responses" => Some(json(status, r#"{"error":"no"}"#)),
+            _ => None,
+        })
+    };
+    let (holder, refuses, strange, gone) = (holder(), says(400), says(500), Fake::start());
+    let body = r#"{"previous_response_id":"resp_1"}"#;
+    let running = Running::start(&[&refuses, &strange]);
+    remember(&running, 0);
+    let answer = running.ask("POST /v1/responses", "", body);
+    assert_eq!((answer.status, &answer.body[..]), (400, r#"{"error":"no"}"#));
+    assert_eq!((refuses.count("POST /v1/responses"), strange.count("POST /v1/responses")), (1, 0));
+    let running = Running::start(&[&holder, &strange, &gone]);
+    drop(gone);
+    for wrong in [1, 2] {
+        remember(&running, wrong);
+        let answer = running.ask("POST /v1/responses", "", body);
+        assert_eq!((answer.status, &answer.body[..]), (200, body), "{wrong}");
+    }
+    assert_eq!((holder.count("POST /v1/responses"), strange.count("POST /v1/responses")), (2, 1));
+}

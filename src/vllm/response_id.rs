@@ -174,6 +174,9 @@ impl ResponseId {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*, sample};
+    use serde_json::Value;
+
     use super::*;
     use crate::{http::ChunkTracker, vllm::golden};
 
@@ -305,5 +308,53 @@ mod tests {
         assert_eq!(found(false, &"[".repeat(MOST_BYTES)), Sought::Nothing);
         let deep = format!(r#"{{"a":{}"#, "[".repeat(2 * MOST_BYTES));
         assert_eq!(found(false, &deep), Sought::Nothing);
+    }
+
+    /// JSON of few words, so that they meet.
+    fn value() -> impl Strategy<Value = Value> {
+        let word = || sample::select(vec!["id", "response", "x", "\"", "\\", "{", "a\n", "é", ""]);
+        let leaf =
+            prop_oneof![word().prop_map(Value::from), Just(Value::Null), any::<i8>().prop_map(Value::from)];
+        leaf.prop_recursive(4, 24, 5, move |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..4).prop_map(Value::from),
+                vec((word(), inner), 0..5).prop_map(|members| {
+                    Value::Object(members.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+                }),
+            ]
+        })
+    }
+
+    /// What a parser finds.
+    fn parsed(value: &Value) -> Sought {
+        let id = value.as_object().and_then(|answer| answer.get("id")).and_then(Value::as_str);
+        id.filter(|id| !id.is_empty()).map_or(Sought::Nothing, |id| Sought::Id(id.to_owned()))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_parser_finds_the_same(value in value(), size in 1_usize..9) {
+            let text = serde_json::to_string(&value).unwrap() + "\n";
+            let pieces = || text.as_bytes().chunks(size);
+            let plain = sought(false, pieces().chain([&[b' '; MOST_BYTES][..]]));
+            prop_assert_eq!(plain, parsed(&value), "{}", text);
+            let event = format!("event: response.created\ndata: {text}\n");
+            let wanted = value.as_object().and_then(|event| event.get("response")).map_or(Sought::Nothing, parsed);
+            prop_assert_eq!(sought(true, event.as_bytes().chunks(size)), wanted, "{}", event);
+        }
+
+        #[test]
+        fn whatever_comes_is_looked_at(
+            words in vec(sample::select(vec![
+                "{", "}", "[", "]", "\"", "\\", ":", ",", "id", "response", "data:", "\n", "\r", " ", "\u{1}", "7",
+            ]), 0..60),
+            events in any::<bool>(),
+            size in 1_usize..9,
+        ) {
+            let text = words.concat();
+            prop_assert_eq!(sought(events, text.as_bytes().chunks(size)), sought(events, [text.as_bytes()]));
+        }
     }
 }
