@@ -30,7 +30,7 @@ const WORKER: u64 = (1 << WORKER_BITS) - 1;
 
 type Bucket = [AtomicU64; WAYS];
 
-/// Hears of every response that a worker of ours has stored: the [`Worker::id`], and the hash of the response's id.
+/// Hears of every response that was made here: who has stored it, and the hash of its id.
 type Teller = Box<dyn Fn(&Worker, u64) + Send + Sync>;
 
 /// Which worker has stored which response, by the hash of the response's id; of bounded size, so that old ones are
