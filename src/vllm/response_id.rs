@@ -2,7 +2,7 @@
 //!
 //! vLLM writes it first: an answer begins with `{"id":"resp_…"`, a stream with the event `response.created`, whose data
 //! are `{"response":{"id":"resp_…"`. Both are followed member by member, so that an `id` of something else is not
-//! taken for it and another order of the members does no harm; what stands further in than [`MOST_BYTES`] is
+//! taken for it and another order of the members does no harm; what stands further in than `MOST_BYTES` is
 //! not looked at. No validator: what is no JSON ends in nothing or in an id that nobody asks for.
 
 use crate::vllm::facts::text;
