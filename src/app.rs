@@ -27,7 +27,7 @@ use crate::{
     telemetry::{self, metrics::Metrics},
     upstream::ConnectFault,
     vllm,
-    workers::{FleetHandle, ModelSettings, Registry, Worker},
+    workers::{FleetHandle, ModelSettings, Registry, StoredResponses, Worker},
 };
 
 /// A proxy that runs. Dropping it does not stop it: [`Running::drain`], then [`Running::wait`].
@@ -36,6 +36,7 @@ pub struct Running {
     address: SocketAddr,
     driver: Driver,
     fleet: FleetHandle,
+    stored: Arc<StoredResponses>,
     orders: Arc<Orders>,
     metrics: Arc<Metrics>,
     shards: Vec<JoinHandle<anyhow::Result<()>>>,
@@ -92,6 +93,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         ModelSettings { aliases: config.static_aliases.clone(), default_model: config.default_model.clone() };
     let registry = Registry::with_breakers(config.workers(), models, config.breakers.breaker());
     let fleet = registry.handle();
+    let stored = Arc::new(StoredResponses::default());
     let admin = Arc::new(admin_worker(registry.workers().count(), admin_listener.local_addr()?)?);
     let limits = admin::Limits {
         connect: Duration::from_secs(config.upstream.connect_timeout_secs),
@@ -103,7 +105,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         settings: config.control.clone(),
         registry,
         aliases: config.static_aliases.clone(),
-        service: admin::service(admin_listener, metrics.clone(), limits),
+        service: admin::service(admin_listener, metrics.clone(), limits, stored.clone()),
     })
     .context("cannot start the control thread")?;
     control.wait_ready();
@@ -126,6 +128,8 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     let held = body_budget.clone();
     metrics.set_body_bytes(move || held.held());
     let routing = routing::Shared::new(config.routing.clone(), workers);
+    let journal = routing.journal.clone();
+    stored.tell(move |worker, response| journal.stored(worker, response));
     let retry_budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
@@ -146,6 +150,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
             metrics: metrics.clone(),
             shard: index,
             routing: routing.clone(),
+            stored: stored.clone(),
             most_connections,
             connect_fault: faults.on_connect,
             fault: faults.on_request,
@@ -158,7 +163,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
-    Ok(Running { address, driver, fleet, orders, metrics, shards, control, grace, ended })
+    Ok(Running { address, driver, fleet, stored, orders, metrics, shards, control, grace, ended })
 }
 
 impl Running {
@@ -175,6 +180,11 @@ impl Running {
     /// What it knows of its workers.
     pub fn fleet(&self) -> &FleetHandle {
         &self.fleet
+    }
+
+    /// Which workers it remembers to have stored responses.
+    pub fn stored(&self) -> &StoredResponses {
+        &self.stored
     }
 
     /// A watchdog over its shards.

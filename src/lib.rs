@@ -59,8 +59,9 @@
 //!    breaker hears only of what the request cannot have caused.
 //! 7. **Relay** (`proxy/relay.rs`): each read is sent at once out of the buffer that it was read into;
 //!    [`http::ChunkTracker`] watches for the end without changing a byte, and `proxy/listener.rs` for the first
-//!    token and the usage. A stream of events that breaks is ended as vLLM ends its own ([`vllm::errors::stream`],
-//!    [`http::EventTail`]); anything else that breaks is left without an end.
+//!    token, the usage, and the id of a response that its worker stores ([`workers::StoredResponses`]). A stream of
+//!    events that breaks is ended as vLLM ends its own ([`vllm::errors::stream`], [`http::EventTail`]); anything else
+//!    that breaks is left without an end.
 //! 8. **Account** (`proxy/account.rs`): a guard counts the exchange when it is dropped, however it ended.
 //!
 //! Every wait has its limit in one place, the connection's [`net::Watch`]; what each limit ends in stands in README.

@@ -54,6 +54,8 @@ mod reference;
 mod refused;
 /// One test per fixed bug. Try not to add more.
 mod regression;
+/// Stored responses: who is asked for them.
+mod responses;
 /// Least requests.
 mod routing;
 /// Draining and signals.

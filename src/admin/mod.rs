@@ -29,7 +29,7 @@ use tokio::{
 
 use crate::control::{self, Control};
 use crate::telemetry::metrics::Metrics;
-use crate::workers::{Resolved, Worker};
+use crate::workers::{Resolved, StoredResponses, Worker};
 
 /// Connections that are served at a time; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -69,13 +69,19 @@ struct Admin {
     control: Arc<Control>,
     metrics: Arc<Metrics>,
     limits: Limits,
+    stored: Arc<StoredResponses>,
 }
 
 /// Serves the endpoints on `listener`, for [`control::Parts`].
-pub fn service(listener: StdTcpListener, metrics: Arc<Metrics>, limits: Limits) -> control::Service {
+pub fn service(
+    listener: StdTcpListener,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+    stored: Arc<StoredResponses>,
+) -> control::Service {
     Box::new(move |control| {
         Box::pin(async move {
-            if let Err(error) = serve(listener, Admin { control, metrics, limits }).await {
+            if let Err(error) = serve(listener, Admin { control, metrics, limits, stored }).await {
                 tracing::error!(%error, "admin endpoints cannot be served");
             }
         })

@@ -14,6 +14,7 @@ use crate::control::{
 use crate::workers::{FleetHandle, Health, ModelSettings, Registry, WorkerSpec, WorkerUrl};
 use axum::body::Bytes;
 use axum::http::StatusCode;
+use axum::response::IntoResponse;
 
 const STORED: &str = r#"{"id":"resp_1","status":"completed"}"#;
 const MISSING: &str = r#"{"error":{"message":"Response with id 'resp_1' not found.","type":"invalid_request_error","param":"response_id","code":404}}"#;
@@ -21,6 +22,7 @@ const MISSING: &str = r#"{"error":{"message":"Response with id 'resp_1' not foun
 struct Running {
     admin: SocketAddr,
     fleet: FleetHandle,
+    stored: Arc<StoredResponses>,
     handle: Option<Handle>,
 }
 
@@ -71,7 +73,8 @@ impl Running {
         let admin = listener.local_addr().unwrap();
         let metrics = Arc::new(Metrics::new(1, ["/v1/chat/completions"]));
         let limits = Limits { connect: Duration::from_secs(2), body_bytes };
-        let service = service(listener, metrics, limits);
+        let stored = Arc::new(StoredResponses::default());
+        let service = service(listener, metrics, limits, stored.clone());
         let handle = control::start(Parts {
             clock: crate::base::Clock::start(),
             settings,
@@ -81,7 +84,7 @@ impl Running {
         })
         .unwrap();
         handle.wait_ready();
-        Self { admin, fleet, handle: Some(handle) }
+        Self { admin, fleet, stored, handle: Some(handle) }
     }
 
     /// Sends a request and leaves the answer to be read.
@@ -126,7 +129,7 @@ fn joined(mut chunks: &str) -> String {
 /// A worker that holds the response `resp_1`.
 fn holder() -> Fake {
     Fake::scripted(|asked| match &asked.line[..] {
-        "GET /v1/responses/resp_1" => Some(json(200, STORED)),
+        "GET /v1/responses/resp_1" | "GET /v1/responses/resp%5f1" => Some(json(200, STORED)),
         "GET /v1/responses/resp_1?stream=true" => Some(json(200, "data: {}\n\n")),
         "POST /v1/responses/resp_1/cancel" => Some(json(200, r#"{"status":"cancelled"}"#)),
         "POST /v1/responses" => Some(json(200, asked.body.clone())),
@@ -544,4 +547,123 @@ fn a_stored_response_is_looked_for_once_per_server_and_continued_on_its_idlest_r
     let asked = holder.asked();
     let continued: Vec<_> = asked.iter().filter(|asked| asked.line == "POST /v1/responses").collect();
     assert_eq!(continued.iter().map(|asked| asked.rank.as_deref()).collect::<Vec<_>>(), [Some("1")]);
+}
+
+/// Remembers the worker at `position` for `resp_1`.
+fn remember(running: &Running, position: usize) {
+    let id = running.fleet.load().workers[position].id();
+    running.stored.put(StoredResponses::hash("resp_1"), id);
+}
+
+#[test]
+fn memory_is_not_taken_at_its_word() {
+    let silent = Fake::scripted(|asked| {
+        asked.line.starts_with("GET /v1/responses/").then(|| json(StatusCode::IM_A_TEAPOT.as_u16(), ""))
+    });
+    let broken = saying("GET /v1/responses/resp_1", 500, r#"{"error":"no"}"#);
+    let (holder, stranger, gone) = (holder(), stranger(), Fake::start());
+    let running = Running::start(&[&holder, &silent, &broken, &stranger, &gone]);
+    drop(gone);
+    // silent, broken, without it, and unreachable
+    for wrong in 1..5 {
+        remember(&running, wrong);
+        let answer = running.get("/v1/responses/resp_1");
+        assert_eq!((answer.status, &answer.body[..]), (200, STORED), "{wrong}");
+        assert_eq!(running.stored.get(StoredResponses::hash("resp_1")), Some(0), "{wrong}");
+        remember(&running, wrong);
+        assert_eq!(running.ask("POST /v1/responses/resp_1/cancel", "", "").status, 200, "{wrong}");
+    }
+    running.stored.put(StoredResponses::hash("resp_1"), 77);
+    assert_eq!(running.get("/v1/responses/resp_1").body, STORED, "a worker that is none of ours");
+    assert_eq!(stranger.count("POST /v1/responses/resp_1/cancel"), 0);
+    eventually("nothing is in flight", || running.fleet.load().workers.iter().all(|w| w.in_flight() == 0));
+}
+
+#[test]
+fn what_is_remembered_and_nobody_has_is_told_as_if_it_were_not() {
+    let broken = saying("GET /v1/responses/resp_1", 500, r#"{"error":"no"}"#);
+    let strangers = [stranger(), stranger()];
+    let running = Running::start(&[&strangers[0], &strangers[1], &broken]);
+    for remembered in [0, 2] {
+        remember(&running, remembered);
+        assert_eq!(running.get("/v1/responses/resp_1").status, 500, "it may be the holder's");
+    }
+    running.set_down(2);
+    for remembered in [0, 2] {
+        remember(&running, remembered);
+        let answer = running.get("/v1/responses/resp_1");
+        assert_eq!((answer.status, &answer.body[..]), (404, MISSING));
+    }
+}
+
+#[test]
+fn only_the_server_that_is_remembered_is_asked_whichever_of_its_ranks_it_was() {
+    let (holder, stranger) = (holder(), stranger());
+    let specs = [&stranger, &holder].iter().flat_map(|server| server.ranks(2)).collect();
+    let running = Running::of(specs, ModelSettings::default(), 1 << 20);
+    remember(&running, 3);
+    assert_eq!(running.get("/v1/responses/resp_1").body, STORED);
+    assert_eq!(running.ask("POST /v1/responses/resp_1/cancel", "", "").status, 200);
+    assert_eq!(holder.count("GET /v1/responses/resp_1"), 2);
+    assert_eq!(running.get("/v1/responses/resp%5f1").body, STORED, "the same id, written otherwise");
+    assert!(stranger.asked().iter().all(|asked| !asked.line.contains("/v1/responses")));
+}
+
+#[test]
+fn a_response_made_by_continuing_one_is_remembered_unless_it_is_not_stored() {
+    let holder = Fake::scripted(|asked| {
+        let made = if asked.body.windows(6).any(|part| part == b"stream") {
+            let event = "event: response.created\ndata: {\"response\":{\"id\":\"resp_2\"}}\n\n";
+            ([(axum::http::header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], event).into_response()
+        } else {
+            json(200, r#"{"id":"resp_2","output":[]}"#)
+        };
+        match &asked.line[..] {
+            "GET /v1/responses/resp_1" => Some(json(200, STORED)),
+            "POST /v1/responses" => Some(made),
+            _ => None,
+        }
+    });
+    let running = Running::start(&[&stranger(), &holder]);
+    let made = StoredResponses::hash("resp_2");
+    for (more, remembered) in [
+        (r#","store":false"#, None),
+        (r#","store":false,"stream":true"#, None),
+        ("", Some(1)),
+        (r#","stream":true"#, Some(1)),
+    ] {
+        if remembered.is_some() {
+            running.stored.put(made, 0);
+        }
+        let body = format!(r#"{{"previous_response_id":"resp_1"{more}}}"#);
+        let answer = running.ask("POST /v1/responses", "", &body);
+        assert!(answer.status == 200 && answer.body.contains("resp_2"), "{}", answer.body);
+        assert_eq!(running.stored.get(made), remembered, "{more}");
+    }
+}
+
+#[test]
+fn what_the_holder_refuses_it_is_asked_once_and_what_another_refuses_is_no_answer() {
+    let says = |status: u16| {
+        Fake::scripted(move |asked| match &asked.line[..] {
+            "GET /v1/responses/resp_1" => Some(json(if status == 500 { 404 } else { 200 }, STORED)),
+            "POST /v1/responses" => Some(json(status, r#"{"error":"no"}"#)),
+            _ => None,
+        })
+    };
+    let (holder, refuses, strange, gone) = (holder(), says(400), says(500), Fake::start());
+    let body = r#"{"previous_response_id":"resp_1"}"#;
+    let running = Running::start(&[&refuses, &strange]);
+    remember(&running, 0);
+    let answer = running.ask("POST /v1/responses", "", body);
+    assert_eq!((answer.status, &answer.body[..]), (400, r#"{"error":"no"}"#));
+    assert_eq!((refuses.count("POST /v1/responses"), strange.count("POST /v1/responses")), (1, 0));
+    let running = Running::start(&[&holder, &strange, &gone]);
+    drop(gone);
+    for wrong in [1, 2] {
+        remember(&running, wrong);
+        let answer = running.ask("POST /v1/responses", "", body);
+        assert_eq!((answer.status, &answer.body[..]), (200, body), "{wrong}");
+    }
+    assert_eq!((holder.count("POST /v1/responses"), strange.count("POST /v1/responses")), (2, 1));
 }

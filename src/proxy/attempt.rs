@@ -26,6 +26,7 @@ use crate::{
         relay::{Plan, Relayed, Step, relay},
         respond,
         retry::{Failure, Kind, Retries},
+        storing::Storing,
         tunnel::tunnel,
     },
     telemetry::metrics::Break,
@@ -68,6 +69,8 @@ pub(super) struct Manner {
     pub(super) other_kinds: bool,
     /// Whether what the answer says of its tokens is of use.
     pub(super) listens: bool,
+    /// Whether the answer is a response that the worker may be asked for later.
+    pub(super) storable: bool,
     /// The worker is our own control thread.
     pub(super) ours: bool,
 }
@@ -285,8 +288,15 @@ async fn run(
         return Ran::Switched { head: answer_head, buffer };
     };
     let relayed = {
-        let listener =
-            Listener::of(&outlet.answer, events, &mut room.in_flight, manner.listens.then_some(account));
+        let storing = || Storing::of(&outlet.answer, events, plan.is_chunked(), &cx.stored, worker);
+        let storing = if manner.storable { storing() } else { None };
+        let listener = Listener::of(
+            &outlet.answer,
+            events,
+            &mut room.in_flight,
+            manner.listens.then_some(account),
+            storing,
+        );
         watch.set_parting(if plan.is_events() { Parting::Speaking } else { Parting::Silent });
         let relaying =
             pin!(relay(cx, outlet, &watch, reader, &mut plan, &answer_head, step, buffer, listener));

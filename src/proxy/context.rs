@@ -19,7 +19,7 @@ use crate::{
         metrics::{AcceptError, Metrics, ShardMetrics},
     },
     upstream::{self, ConnectFault, Pool},
-    workers::{Fleet, FleetHandle, Worker},
+    workers::{Fleet, FleetHandle, StoredResponses, Worker},
 };
 
 /// Room before what is read from a client or a worker, for a head that is longer than the one it replaces.
@@ -79,6 +79,8 @@ pub struct Parts {
     pub shard: usize,
     /// What the router is built of.
     pub routing: Shared,
+    /// Who has stored which response.
+    pub stored: Arc<StoredResponses>,
     /// Connections of clients that the process serves at most.
     pub most_connections: u64,
     /// Called before every connect to a worker, for tests that need one to fail.
@@ -106,6 +108,7 @@ pub struct Context {
     pub(super) needs: Needs,
     /// What candidates depend on, but for time and chance.
     pub(super) terms: Terms,
+    pub(super) stored: Arc<StoredResponses>,
     /// Where candidates are kept for the length of a choice.
     pub(super) positions: RefCell<Vec<usize>>,
     metrics: Arc<Metrics>,
@@ -145,6 +148,7 @@ impl Context {
             fault: parts.fault,
             needs: router.needs(),
             terms: parts.routing.settings.terms(),
+            stored: parts.stored,
             router: RefCell::new(router),
             positions: RefCell::default(),
             metrics: parts.metrics,

@@ -130,6 +130,8 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
             fresh: on_fresh,
             other_kinds: serving.has_other_kinds(),
             listens: asked.listens,
+            // what the control thread passes on it has read itself
+            storable: inspected.storable && !matches!(serving, Serving::Admin),
             ours: matches!(serving, Serving::Admin),
         };
         let (failure, kept) = match attempt(client, account, &mut chosen, body, manner, &mut retries).await {

@@ -41,6 +41,8 @@ pub(super) struct Inspected {
     pub(super) name: Name,
     /// It continues a stored response, which one worker holds.
     pub(super) continues: bool,
+    /// Its answer is a response that may be asked for later, of the worker that has it.
+    pub(super) storable: bool,
     place: Place,
 }
 
@@ -101,7 +103,7 @@ pub(super) async fn inspect(
     endpoint: &Endpoint,
     fleet: &Fleet,
 ) -> Result<(Body, Inspected), Failure> {
-    let nothing = |name| Inspected { name, continues: false, place: Place::Nowhere };
+    let nothing = |name| Inspected { name, continues: false, storable: false, place: Place::Nowhere };
     match Need::of(endpoint, fleet, client) {
         Need::Nothing => {
             let peek = client.peek_bytes();
@@ -130,7 +132,9 @@ pub(super) async fn inspect(
             };
             // other endpoints ignore such a field, as vLLM does
             let continues = facts.previous_response_id && endpoint.path == RESPONSES;
-            Ok((body, Inspected { name, continues, place: Place::Json(Box::new(facts)) }))
+            // of a single server nobody has to remember what it holds
+            let storable = facts.storable && endpoint.path == RESPONSES && fleet.has_several_servers();
+            Ok((body, Inspected { name, continues, storable, place: Place::Json(Box::new(facts)) }))
         }
         Need::Form(mut field) => {
             let mut found = MultipartFact::NeedMore;
@@ -146,7 +150,7 @@ pub(super) async fn inspect(
             let MultipartFact::Model { value } = found else { return Ok((body, nothing(Name::Missing))) };
             let text = bytes.get(value.clone()).map(vllm::multipart::field_text).unwrap_or_default();
             let name = if text.is_empty() { Name::Missing } else { Name::Given(text.into_owned()) };
-            Ok((body, Inspected { name, continues: false, place: Place::Form(value) }))
+            Ok((body, Inspected { name, continues: false, storable: false, place: Place::Form(value) }))
         }
     }
 }

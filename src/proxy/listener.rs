@@ -1,11 +1,12 @@
-//! What is learnt from an answer while it passes: when its first token came, and how many tokens it took. It reads
+//! What is learnt from an answer while it passes: when its first token came, how many tokens it took, and what a
+//! response is called that may be asked for later. It reads
 //! along and changes nothing. A line that is torn apart by two reads is missed: the next event tells as much.
 
 use memchr::memmem;
 
 use crate::{
     http::ResponseHead,
-    proxy::account::Account,
+    proxy::{account::Account, storing::Storing},
     vllm::{Usage, usage_of_events, usage_of_tail},
     workers::InFlight,
 };
@@ -22,6 +23,8 @@ pub(super) struct Listener<'a> {
     /// Who wants to know the usage.
     account: Option<&'a Account<'a>>,
     usage: Usage,
+    /// Until the response's id has come, where somebody may ask for it later.
+    storing: Option<Box<Storing<'a>>>,
 }
 
 impl<'a> Listener<'a> {
@@ -32,13 +35,14 @@ impl<'a> Listener<'a> {
         events: bool,
         in_flight: &'a mut InFlight,
         account: Option<&'a Account<'a>>,
+        storing: Option<Box<Storing<'a>>>,
     ) -> Self {
         let mut waiting = Some(in_flight);
         if !events && let Some(in_flight) = waiting.take() {
             in_flight.first_token();
         }
         let account = account.filter(|_| head.status() == 200);
-        Self { waiting, events, account, usage: Usage::default() }
+        Self { waiting, events, account, usage: Usage::default(), storing }
     }
 
     /// A part of the body, framing included, is about to be passed on; `last`: nothing follows it.
@@ -49,6 +53,7 @@ impl<'a> Listener<'a> {
         {
             in_flight.first_token();
         }
+        self.storing = self.storing.take().and_then(|storing| storing.part(bytes));
         let Some(account) = self.account else { return };
         let found = match self.events {
             true => usage_of_events(bytes),

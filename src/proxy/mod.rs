@@ -25,6 +25,7 @@ pub(crate) mod retry;
 mod serving;
 mod settings;
 mod shed;
+mod storing;
 mod tunnel;
 
 pub use budget::Budget;

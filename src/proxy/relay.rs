@@ -116,6 +116,11 @@ impl Plan {
         self.body.tail.is_some()
     }
 
+    /// Whether the client is sent chunks.
+    pub(super) fn is_chunked(&self) -> bool {
+        matches!(self.body.framer, Framer::Tracked(_) | Framer::Wrapped(_))
+    }
+
     /// Whether the stream itself has said that it failed.
     pub(super) fn is_erred(&self) -> bool {
         self.body.tail.is_some_and(|tail| tail.is_erred())

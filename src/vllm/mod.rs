@@ -7,6 +7,7 @@
 //! - [`models`]: model lists and versions of many workers made into those of one;
 //! - [`engine`]: what a server says of its engines, in `/metrics` and beside an answer;
 //! - [`opening`]: whether an answer has begun to say anything;
+//! - [`response_id`]: what a response is called that a worker stores;
 //! - [`usage`]: how many tokens an answer took;
 //! - [`mod@aggregate`]: the answers of many workers to one broadcast made into one.
 //!
@@ -22,6 +23,7 @@ pub mod facts;
 pub mod models;
 pub mod multipart;
 pub mod opening;
+pub mod response_id;
 pub mod usage;
 
 #[cfg(test)]
@@ -41,4 +43,5 @@ pub use multipart::{ModelField, MultipartFact, boundary, query_model};
 pub use opening::{
     Opening, Unbegun, is_aborted, is_busy, is_engine_dead, is_unknown_model, opening_of_events,
 };
+pub use response_id::{ResponseId, Sought};
 pub use usage::{Usage, usage_of_events, usage_of_tail};

@@ -7,6 +7,7 @@ use vllm_proxy::{
     app::{self, Faults, Running},
     config::Config,
     net::Driver,
+    workers::StoredResponses,
 };
 
 use crate::support::{Client, Io, Response, Variant, Worker, eventually, patience};
@@ -161,6 +162,15 @@ impl Proxy {
         let metrics = self.get("/metrics").expect(200);
         let line = metrics.text().lines().find(|line| line.starts_with(start))?.to_owned();
         line.rsplit(' ').next().and_then(|value| value.parse().ok())
+    }
+
+    /// The URL of the worker that it remembers to have stored a response.
+    pub(crate) fn holder_of(&self, response: &str) -> Option<String> {
+        let running = self.running.as_ref()?;
+        let id = running.stored().get(StoredResponses::hash(response))?;
+        let fleet = running.fleet().load();
+        let holder = fleet.workers.iter().find(|worker| worker.id() == id);
+        holder.map(|worker| worker.url().to_string())
     }
 
     /// Starts to drain, as the first SIGTERM does.

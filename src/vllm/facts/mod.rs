@@ -22,6 +22,8 @@ pub struct Facts {
     pub previous_response_id: bool,
     /// Whether the response is to be stored or made in the background, so that it is never asked for twice.
     pub stores: bool,
+    /// Whether a response may be asked for later: that it is to be stored is vLLM's default.
+    pub storable: bool,
     /// Where the values lie that matter for routing.
     pub prompt: Ranges,
     /// Whether the object was seen from brace to brace; else `prompt` is what was found until then.
@@ -203,6 +205,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         stream: false,
         previous_response_id: false,
         stores: false,
+        storable: false,
         prompt: Ranges::default(),
         complete: false,
         open: None,
@@ -214,6 +217,7 @@ pub fn scan_json(body: &[u8]) -> Facts {
         facts.model = model(value(Key::Model), facts.prompt.get(Key::Model));
     }
     facts.stream = truth(value(Key::Stream));
+    facts.storable = facts.prompt.get(Key::Store).is_none() || truth(value(Key::Store));
     facts.stores = truth(value(Key::Store)) || truth(value(Key::Background));
     facts.previous_response_id = value(Key::PreviousResponseId).first() == Some(&b'"');
     facts
@@ -293,7 +297,7 @@ fn model(raw: &[u8], place: Option<Range<usize>>) -> ModelFact {
 
 /// The text of a raw string; `None` where Python or pydantic would refuse it: not UTF-8, a control, a bad escape,
 /// half of a surrogate pair.
-fn text(raw: &[u8]) -> Option<Cow<'_, str>> {
+pub(super) fn text(raw: &[u8]) -> Option<Cow<'_, str>> {
     let inner = raw.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
     if inner.iter().any(|&byte| byte == b'\\' || byte < b' ') {
         return serde_json::from_slice::<String>(raw).ok().map(Cow::Owned);

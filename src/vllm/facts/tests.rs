@@ -395,3 +395,18 @@ fn a_field_of_any_name_is_found_at_the_top_level_only() {
         assert_eq!(field(body), None, "{body}");
     }
 }
+
+#[test]
+fn a_response_is_kept_unless_its_request_says_no() {
+    let storable = |body: &str| scan_json(body.as_bytes()).storable;
+    for body in
+        [r#"{"input":"x"}"#, r#"{"store":true}"#, r#"{"store":"yes"}"#, r#"{"store":false,"store":1}"#]
+    {
+        assert!(storable(body), "{body}");
+    }
+    for body in
+        [r#"{"store":false}"#, r#"{"store":null}"#, r#"{"store":"off"}"#, r#"{"store":true,"store":0}"#]
+    {
+        assert!(!storable(body), "{body}");
+    }
+}
