@@ -19,7 +19,7 @@ pub const HEARTBEAT_MS: u64 = 500;
 pub const PEER_MS: u64 = 2500;
 
 /// What a [`Replica`] is made of.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Parts {
     /// Any number that no other proxy has.
     pub instance: u64,
