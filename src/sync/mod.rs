@@ -8,9 +8,13 @@
 //! figures that need no history; which prompts were sent where; who has stored a response. Redis may lose any of
 //! it at any time: loads are told anew with every heartbeat, prompts when they come again.
 
+mod ancestry;
+mod codec;
 mod link;
+mod peers;
 mod quota;
 mod replica;
+mod roster;
 mod settings;
 mod standing;
 mod thread;
