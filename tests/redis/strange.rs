@@ -10,8 +10,8 @@ use std::{
     thread,
 };
 
-use crate::redis::{PROMPTS, figure, is_up, known_again, on, together};
-use crate::support::{NEWS, eventually, redis, variants, worker};
+use crate::redis::{PROMPTS, figure, is_up, known_again, of_others, on, peers, together};
+use crate::support::{Gate, Io, NEWS, Variant, client, eventually, redis, variants, worker};
 
 variants! {
     fn what_others_have_added_to_the_stream_is_skipped(v: Variant) {
@@ -68,6 +68,29 @@ variants! {
             assert!(!is_up(&proxy), "{}", answer.escape_ascii());
         }
     }
+}
+
+/// A fault of ours: the third batch panics, and the tenth.
+#[test]
+fn a_panic_of_the_sync_thread_costs_what_it_knew_of_others_and_no_request() {
+    static BATCHES: AtomicUsize = AtomicUsize::new(0);
+    let v = Variant { io: Io::Epoll, shards: 2 };
+    let (redis, gate) = (redis(), Gate::new());
+    let workers = [worker().holds(&gate).start()];
+    let [peer] = together(v, &redis, &workers);
+    let mut client = peer.client();
+    client.send(client::post("/v1/chat/completions", client::chat("m")));
+    eventually("it has arrived", || gate.waiting() == 1);
+    let panics = || assert!(![3, 10].contains(&BATCHES.fetch_add(1, Ordering::SeqCst)), "on purpose");
+    let proxy = on(v, &redis.url(), &workers).sync_fault(panics).start();
+    eventually("it has happened twice", || BATCHES.load(Ordering::SeqCst) > 11);
+    eventually("it is over", || is_up(&proxy) && figure(&proxy, "losses") == 2.0);
+    eventually("it hears its peer", || peers(&proxy) == 1 && of_others(&proxy, &workers) == [1]);
+    eventually("and is heard as one", || peers(&peer) == 1);
+    gate.open();
+    client.response().expect(200);
+    eventually("nothing is left over", || of_others(&proxy, &workers) == [0]);
+    proxy.client().chat("m").expect(200);
 }
 
 /// Something that says the same to everybody, and hangs up.
