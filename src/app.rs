@@ -24,6 +24,7 @@ use crate::{
     proxy, routing, shard,
     shard::Orders,
     shard::{Ending, Found, Meaning, Watchdog},
+    sync,
     telemetry::{self, metrics::Metrics},
     upstream::ConnectFault,
     vllm,
@@ -41,6 +42,8 @@ pub struct Running {
     metrics: Arc<Metrics>,
     shards: Vec<JoinHandle<anyhow::Result<()>>>,
     control: control::Handle,
+    /// `None`: no Redis is used.
+    sync: Option<sync::Handle>,
     grace: Duration,
     /// A shard has ended.
     ended: mpsc::Receiver<()>,
@@ -53,6 +56,8 @@ pub struct Faults {
     pub on_request: Option<fn(&str)>,
     /// Called on a shard with every tick, outside of any connection: a panic ends the shard.
     pub on_tick: Option<fn()>,
+    /// Called on the sync thread before every batch.
+    pub on_sync: Option<fn()>,
     /// Called on a shard before every connect to a worker, which fails as it says.
     pub on_connect: Option<ConnectFault>,
 }
@@ -108,7 +113,14 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         service: admin::service(admin_listener, metrics.clone(), limits, stored.clone()),
     })
     .context("cannot start the control thread")?;
+    // both at once: probes, and what other proxies know
+    let (routing, sync) = share(&config, clock, &fleet, &metrics, &stored, faults.on_sync)?;
+    let journal = routing.journal.clone();
+    stored.tell(move |worker, response| journal.stored(worker, response));
     control.wait_ready();
+    if let Some(sync) = &sync {
+        sync.wait_ready();
+    }
 
     let workers = fleet.load().workers.len();
     if workers > routing::MAX_SEATS {
@@ -127,9 +139,6 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     let held = body_budget.clone();
     metrics.set_body_bytes(move || held.held());
-    let routing = routing::Shared::new(config.routing.clone(), workers);
-    let journal = routing.journal.clone();
-    stored.tell(move |worker, response| journal.stored(worker, response));
     let retry_budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
@@ -163,7 +172,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
-    Ok(Running { address, driver, fleet, stored, orders, metrics, shards, control, grace, ended })
+    Ok(Running { address, driver, fleet, stored, orders, metrics, shards, control, sync, grace, ended })
 }
 
 impl Running {
@@ -246,6 +255,10 @@ impl Running {
                 Err(_) => result = Err(anyhow::anyhow!("a shard panicked")),
             }
         }
+        // after the shards: their last requests have ended, and peers are told so
+        if let Some(sync) = self.sync {
+            sync.stop();
+        }
         match self.control.stop() {
             Ok(()) => result,
             Err(_) => Err(anyhow::anyhow!("the control thread panicked")),
@@ -274,7 +287,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 pub fn demo(config: Config) -> anyhow::Result<()> {
     let workers = demo::start_workers(DEMO_WORKERS).context("cannot start the fake workers")?;
     let servers = workers.urls().iter().cloned().map(Into::into).collect();
-    let config = Config { worker_urls: servers, ..config };
+    let mut config = Config { worker_urls: servers, ..config };
+    if matches!(config.sync.redis, sync::Server::Local) {
+        // toys are shared with nobody who does not ask for it
+        config.sync.redis = sync::Server::None;
+    }
     run_until_signal(config, |address| {
         let mut out = std::io::stdout();
         let shown = out
@@ -393,6 +410,39 @@ fn check_limits(metrics: &Metrics, needs: Needs) -> u64 {
     let most = limits.open_files.unwrap_or(u64::MAX);
     metrics.set_open_files(most, most_connections, net::open_files);
     most_connections
+}
+
+/// What shards choose by, and, where there is a Redis, the thread that shares it with other proxies.
+fn share(
+    config: &Config,
+    clock: Clock,
+    fleet: &FleetHandle,
+    metrics: &Metrics,
+    stored: &Arc<StoredResponses>,
+    fault: Option<fn()>,
+) -> anyhow::Result<(routing::Shared, Option<sync::Handle>)> {
+    let workers = fleet.load().workers.len();
+    if matches!(config.sync.redis, sync::Server::None) {
+        return Ok((routing::Shared::new(config.routing.clone(), workers), None));
+    }
+    let (journal, events) = routing::Journal::open(sync::EVENTS);
+    let shared = routing::Shared::with_journal(config.routing.clone(), workers, journal);
+    let figures = Arc::new(telemetry::metrics::SyncFigures::default());
+    let journal = shared.journal.clone();
+    metrics.set_sync(figures.clone(), move || journal.dropped());
+    let replica = sync::Parts {
+        instance: sync::instance(),
+        events,
+        shared: shared.clone(),
+        fleet: fleet.clone(),
+        stored: stored.clone(),
+        quota: None,
+        figures,
+        stream_bytes: config.sync.redis_stream_bytes,
+    };
+    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica, fault };
+    let thread = sync::start(parts).context("cannot start the sync thread")?;
+    Ok((shared, thread))
 }
 
 /// What shards let in together, and a bell for each of them; nothing where there is no limit.

@@ -55,6 +55,7 @@ fn every_setting_has_an_environment_variable() {
             "verbosity" => assert_eq!(name, Some("VLLM_PXY_VERBOSITY")),
             "log_format" => assert_eq!(name, Some("VLLM_PXY_LOGFORMAT")),
             "no_color" => assert_eq!(name, Some("NO_COLOR")),
+            "redis" => assert_eq!(name, Some("VLLM_PXY_REDIS")),
             _ => assert_eq!(name, Some(format!("VLLM_PROXY_{}", id.to_uppercase()).as_str())),
         }
     }
@@ -137,6 +138,9 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("--body-memory-bytes", "9223372036854775808", "a whole number of bytes from 0 to 2^63 - 1"),
         ("--capacity-running-weight", "-1", "a number from 0 to 1000"),
         ("--capacity-waiting-weight", "inf", "a number from 0 to 1000"),
+        ("--sync-interval-ms", "4", "a whole number of milliseconds from 5 to 1000"),
+        ("--sync-interval-ms", "1001", "a whole number of milliseconds from 5 to 1000"),
+        ("--redis-stream-bytes", "65535", "a whole number of bytes from 65536 to 2^40"),
     ] {
         let line = refused(&[], &["demo", flag, value]);
         assert!(line.starts_with(&format!("{flag}={value}: must be {allowed}")), "{line}");

@@ -50,6 +50,8 @@ pub(crate) fn proxy(variant: Variant) -> Builder {
         .arg("--model-refresh-secs", "0.2")
         // who comes back gets its share at once
         .arg("--slow-start-secs", "0")
+        // by itself, whoever is on this host
+        .arg("--redis", "none")
 }
 
 impl Builder {
@@ -94,6 +96,12 @@ impl Builder {
     /// Calls `fault` on a shard before every connect to a worker, which fails as it says.
     pub(crate) fn connect_fault(mut self, fault: fn(SocketAddr) -> std::io::Result<()>) -> Self {
         self.faults.on_connect = Some(fault);
+        self
+    }
+
+    /// Calls `fault` on the sync thread before every batch.
+    pub(crate) fn sync_fault(mut self, fault: fn()) -> Self {
+        self.faults.on_sync = Some(fault);
         self
     }
 
