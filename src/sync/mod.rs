@@ -12,6 +12,6 @@ mod quota;
 mod replica;
 mod settings;
 
-pub use quota::Quota;
+pub use quota::{Claim, Quota};
 pub use replica::{HEARTBEAT_MS, PEER_MS, Parts, Replica};
 pub use settings::Settings;
