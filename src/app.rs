@@ -120,8 +120,9 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     let (entrance, mut bells) = entrance(&config, count)?;
     let body_budget = admission::Budget::new(config.admission.body_memory_bytes);
     if let Some(entrance) = &entrance {
-        let (waiting, in_use) = (entrance.clone(), entrance.clone());
-        metrics.set_admission(move || waiting.waiting(), move || in_use.in_use());
+        let [waiting, slots, in_use] = [entrance, entrance, entrance].map(Arc::clone);
+        let slots = move || slots.slots().map_or(0, u64::from);
+        metrics.set_admission(move || waiting.waiting(), slots, move || in_use.in_use());
     }
     let held = body_budget.clone();
     metrics.set_body_bytes(move || held.held());

@@ -107,7 +107,8 @@ impl Quota {
     pub fn settle(&self, now: Millis, own: (u64, Option<Claim>), peers: &[(u64, Claim)]) {
         let mut state = self.state();
         let (id, heard) = own;
-        let unheard = Claim { held: state.part, wanted: self.most };
+        // as a newcomer asks: for what is free
+        let unheard = Claim { held: 0, wanted: self.most };
         let mut all: Vec<(u64, Claim)> = peers.iter().copied().filter(|peer| peer.0 != id).collect();
         let others: u64 = all.iter().map(|peer| u64::from(peer.1.held)).sum();
         all.push((id, heard.unwrap_or(unheard)));
