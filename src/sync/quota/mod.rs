@@ -18,14 +18,18 @@
 //!   two intervals, several that begin in the same moment may take the same.
 //! - A proxy that Redis does not reach keeps the part that it had. The others take it for gone after `PEER_MS` and divide
 //!   its slots; when it is back, nobody starts what would exceed the limit. If Redis is gone for all, all keep their
-//!   parts. A proxy that has never reached Redis has the whole limit.
+//!   parts, and nobody takes those of who is not back as soon as itself for gone. A proxy that has never reached Redis has the whole limit.
 //! - With more proxies that have requests than the limit has slots, each has one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::{admission::Admission, base::Millis, sync::PEER_MS};
+use crate::{admission::Admission, base::Millis, sync::HEARTBEAT_MS};
 
 mod share;
+
+/// When Redis is back, other proxies come back in as long again as it was away, for their pauses double; in milliseconds,
+/// at most this: their longest pause and the time to tell everything.
+const MOST_BACK_MS: u64 = 8000;
 
 /// What one proxy tells of the limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,6 +62,8 @@ struct State {
     told: u32,
     /// The last claim that was read again; `None`: there was none yet.
     heard: Option<u32>,
+    /// Since when Redis cannot be used.
+    alone_since: Option<Millis>,
     /// The part does not grow before that: others may not have come back yet.
     grows_from: Millis,
     /// [`Admission::refused`] when that was looked at last.
@@ -75,6 +81,7 @@ impl Quota {
             goal: most,
             told: most,
             heard: None,
+            alone_since: None,
             grows_from: 0,
             refused: admission.refused(),
             refused_lately: 0,
@@ -124,11 +131,16 @@ impl Quota {
         let (fair, attainable) = (of(&fair), of(&attainable).min(of(&fair)));
         let free = to_u32(u64::from(limit).saturating_sub(others));
 
+        if let Some(since) = state.alone_since.take() {
+            let away_ms = now.saturating_sub(since);
+            state.grows_from = now + 2 * HEARTBEAT_MS + (2 * away_ms).min(MOST_BACK_MS);
+        }
         let grows = now >= state.grows_from;
-        state.heard = heard.map(|claim| claim.held);
+        let before = std::mem::replace(&mut state.heard, heard.map(|claim| claim.held));
         let part = match heard {
             // Others do not know what this one takes, so it is content with what they leave.
             None => state.part.min(fair).min(free),
+            Some(claim) if before.is_none() => state.part.min(fair).min(claim.held).min(free),
             Some(_) if fair < state.part => fair,
             Some(claim) if grows => state.part.max(fair.min(claim.held).min(state.told).min(free)),
             Some(_) => state.part,
@@ -142,8 +154,7 @@ impl Quota {
 
     /// Redis cannot be used. To be called instead of [`Quota::settle`]: the part stays as it is.
     pub fn alone(&self, now: Millis) {
-        // When it can be used again, others may need as long to be back as they are taken for alive without.
-        self.state().grows_from = now.saturating_add(PEER_MS);
+        self.state().alone_since.get_or_insert(now);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

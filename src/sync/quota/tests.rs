@@ -3,7 +3,7 @@ use std::collections::{HashMap, VecDeque};
 use super::*;
 use crate::{
     admission::{Admitted, Entry, Newcomer, Permit, Settings, Waiting},
-    sync::HEARTBEAT_MS,
+    sync::PEER_MS,
 };
 
 fn admission(own: u32, fleet: u32, queue: u32) -> Arc<Admission> {
@@ -157,7 +157,8 @@ fn alone_it_keeps_its_part_and_takes_no_more_until_others_may_be_back() {
     (0..100).for_each(|at| quota.alone(at * 50));
     quota.claim();
     let back = 100 * 50;
-    for now in [back, back + PEER_MS - 51] {
+    let over = back + 2 * HEARTBEAT_MS + MOST_BACK_MS;
+    for now in [back, back + 50, over - 1] {
         quota.settle(now, (1, Some(told)), &[]);
         told = quota.claim();
         assert_eq!(
@@ -166,7 +167,7 @@ fn alone_it_keeps_its_part_and_takes_no_more_until_others_may_be_back() {
             "the peer may have been alone as well"
         );
     }
-    for now in [back + PEER_MS, back + PEER_MS + 50] {
+    for now in [over, over + 50] {
         quota.settle(now, (1, Some(told)), &[]);
         told = quota.claim();
     }
