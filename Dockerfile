@@ -12,6 +12,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     && cp "target/$target/release/vllm-proxy" /vllm-proxy
 
 FROM scratch
+# Whom a rediss:// server's certificate may be of.
+COPY --from=builder /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=builder /vllm-proxy /vllm-proxy
 USER 65532:65532
 EXPOSE 8000

@@ -105,7 +105,7 @@ backend b
 
 def ours(io):
     def command(worker, port):
-        return [os.path.join(TARGET, "vllm-proxy"), "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin",
+        return [os.path.join(TARGET, "vllm-proxy"), "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--redis", "none",
                 "--io", io, "--worker-urls", f"http://127.0.0.1:{worker}", "-q"]
     return command
 

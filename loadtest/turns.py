@@ -229,7 +229,7 @@ def proxied(policy):
     """A proxy of its own; returns its process and URL when it serves."""
     port = free_port()
     log = tempfile.NamedTemporaryFile(prefix="turns-", suffix=".log", delete=False)
-    child = subprocess.Popen([BINARY, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--policy", policy,
+    child = subprocess.Popen([BINARY, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--redis", "none", "--policy", policy,
                               "--worker-urls", *ARGS.worker, *ARGS.flag], stdout=log, stderr=log)
     base = f"http://127.0.0.1:{port}"
     for _ in range(200):

@@ -24,10 +24,11 @@ use crate::{
     proxy, routing, shard,
     shard::Orders,
     shard::{Ending, Found, Meaning, Watchdog},
+    sync,
     telemetry::{self, metrics::Metrics},
     upstream::ConnectFault,
     vllm,
-    workers::{FleetHandle, ModelSettings, Registry, Worker},
+    workers::{FleetHandle, ModelSettings, Registry, StoredResponses, Worker},
 };
 
 /// A proxy that runs. Dropping it does not stop it: [`Running::drain`], then [`Running::wait`].
@@ -40,6 +41,8 @@ pub struct Running {
     metrics: Arc<Metrics>,
     shards: Vec<JoinHandle<anyhow::Result<()>>>,
     control: control::Handle,
+    /// `None`: no Redis is used.
+    sync: Option<sync::Handle>,
     grace: Duration,
     /// A shard has ended.
     ended: mpsc::Receiver<()>,
@@ -106,7 +109,13 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         service: admin::service(admin_listener, metrics.clone(), limits),
     })
     .context("cannot start the control thread")?;
+    let (entrance, mut bells) = entrance(&config, count)?;
+    // both at once: probes, and what other proxies know
+    let (routing, sync) = share(&config, clock, &fleet, &metrics, entrance.as_ref())?;
     control.wait_ready();
+    if let Some(sync) = &sync {
+        sync.wait_ready();
+    }
 
     let workers = fleet.load().workers.len();
     if workers > routing::MAX_SEATS {
@@ -117,7 +126,6 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         &metrics,
         Needs { shards: count, workers, pool_size: config.upstream.pool_size, driver },
     );
-    let (entrance, mut bells) = entrance(&config, count)?;
     let body_budget = admission::Budget::new(config.admission.body_memory_bytes);
     if let Some(entrance) = &entrance {
         let [waiting, slots, in_use] = [entrance, entrance, entrance].map(Arc::clone);
@@ -126,7 +134,6 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     let held = body_budget.clone();
     metrics.set_body_bytes(move || held.held());
-    let routing = routing::Shared::new(config.routing.clone(), workers);
     let retry_budget = Arc::new(proxy::Budget::default());
     let orders = Arc::new(Orders::default());
     let (end, ended) = mpsc::channel();
@@ -159,7 +166,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     }
     tracing::info!(%address, io = %driver, shards = count, workers, "listening");
     let grace = Duration::from_secs(config.shards.shutdown_grace_secs);
-    Ok(Running { address, driver, fleet, orders, metrics, shards, control, grace, ended })
+    Ok(Running { address, driver, fleet, orders, metrics, shards, control, sync, grace, ended })
 }
 
 impl Running {
@@ -237,6 +244,10 @@ impl Running {
                 Err(_) => result = Err(anyhow::anyhow!("a shard panicked")),
             }
         }
+        // after the shards: their last requests have ended, and peers are told so
+        if let Some(sync) = self.sync {
+            sync.stop();
+        }
         match self.control.stop() {
             Ok(()) => result,
             Err(_) => Err(anyhow::anyhow!("the control thread panicked")),
@@ -265,7 +276,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 pub fn demo(config: Config) -> anyhow::Result<()> {
     let workers = demo::start_workers(DEMO_WORKERS).context("cannot start the fake workers")?;
     let servers = workers.urls().iter().cloned().map(Into::into).collect();
-    let config = Config { worker_urls: servers, ..config };
+    let mut config = Config { worker_urls: servers, ..config };
+    if matches!(config.sync.redis, sync::Server::Local) {
+        // toys are shared with nobody who does not ask for it
+        config.sync.redis = sync::Server::None;
+    }
     run_until_signal(config, |address| {
         let mut out = std::io::stdout();
         let shown = out
@@ -384,6 +399,40 @@ fn check_limits(metrics: &Metrics, needs: Needs) -> u64 {
     let most = limits.open_files.unwrap_or(u64::MAX);
     metrics.set_open_files(most, most_connections, net::open_files);
     most_connections
+}
+
+/// What shards choose by, and, where there is a Redis, the thread that shares it with other proxies.
+fn share(
+    config: &Config,
+    clock: Clock,
+    fleet: &FleetHandle,
+    metrics: &Metrics,
+    entrance: Option<&Arc<Admission>>,
+) -> anyhow::Result<(routing::Shared, Option<sync::Handle>)> {
+    let workers = fleet.load().workers.len();
+    if matches!(config.sync.redis, sync::Server::None) {
+        return Ok((routing::Shared::new(config.routing.clone(), workers), None));
+    }
+    let (journal, events) = routing::Journal::open(sync::EVENTS);
+    let shared = routing::Shared::with_journal(config.routing.clone(), workers, journal);
+    let figures = Arc::new(telemetry::metrics::SyncFigures::default());
+    let journal = shared.journal.clone();
+    metrics.set_sync(figures.clone(), move || journal.dropped());
+    let limit = config.admission.fleet_max_concurrent_requests;
+    let quota = entrance.filter(|_| limit > 0).map(|entrance| sync::Quota::new(limit, entrance.clone()));
+    let replica = sync::Parts {
+        instance: sync::instance(),
+        events,
+        shared: shared.clone(),
+        fleet: fleet.clone(),
+        stored: Arc::new(StoredResponses::default()),
+        quota: quota.map(Arc::new),
+        figures,
+        stream_bytes: config.sync.redis_stream_bytes,
+    };
+    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica };
+    let thread = sync::start(parts).context("cannot start the sync thread")?;
+    Ok((shared, thread))
 }
 
 /// What shards let in together, and a bell for each of them; nothing where there is no limit.

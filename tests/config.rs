@@ -55,6 +55,7 @@ fn every_setting_has_an_environment_variable() {
             "verbosity" => assert_eq!(name, Some("VLLM_PXY_VERBOSITY")),
             "log_format" => assert_eq!(name, Some("VLLM_PXY_LOGFORMAT")),
             "no_color" => assert_eq!(name, Some("NO_COLOR")),
+            "redis" => assert_eq!(name, Some("VLLM_PXY_REDIS")),
             _ => assert_eq!(name, Some(format!("VLLM_PROXY_{}", id.to_uppercase()).as_str())),
         }
     }

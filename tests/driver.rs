@@ -17,6 +17,7 @@ const REFUSALS: [i32; 4] = [libc::EPERM, libc::ENOSYS, libc::EOPNOTSUPP, libc::E
 fn without_io_uring(errno: i32, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vllm-proxy"));
     command.args(["--host", "127.0.0.1", "--port", "0", "--worker-urls", "http://127.0.0.1:9", "-L", "json"]);
+    command.args(["--redis", "none"]);
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: between fork and exec only system calls are made, on memory that was made before.
     unsafe { command.pre_exec(move || refuse_io_uring(errno)) };
@@ -82,6 +83,8 @@ fn epoll_is_used_where_it_is_asked_for() {
         "0",
         "--io",
         "epoll",
+        "--redis",
+        "none",
         "--worker-urls",
         "http://127.0.0.1:9",
     ]);

@@ -16,6 +16,7 @@ fn proxy(stdout: impl Into<Stdio>) -> Child {
     Command::new(env!("CARGO_BIN_EXE_vllm-proxy"))
         .env_clear()
         .args(["--worker-urls", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", "0", "-vvv"])
+        .args(["--redis", "none"])
         .args(["--health-check-interval-secs", "0.05"])
         .stdout(stdout)
         .stderr(Stdio::null())

@@ -47,8 +47,18 @@ variants! {
 
 #[test]
 fn a_dead_shard_is_told_and_ends_the_process() {
-    let flags =
-        ["--host", "127.0.0.1", "--port", "0", "--threads", "2", "--worker-urls", "http://127.0.0.1:9"];
+    let flags = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--threads",
+        "2",
+        "--redis",
+        "none",
+        "--worker-urls",
+        "http://127.0.0.1:9",
+    ];
     let faults =
         Faults { on_tick: Some(|| panic!("a dead shard that this test wants")), ..Faults::default() };
     let running = start_with(Config::from_flags(flags).unwrap(), faults).unwrap();

@@ -18,7 +18,7 @@ variants! {
         let first = proxy(v).worker(&worker).start();
         let (ip, port) = (first.addr().ip().to_string(), first.addr().port().to_string());
         let url = worker.url();
-        let flags = ["--host", &ip, "--port", &port, "--worker-urls", &url];
+        let flags = ["--host", &ip, "--port", &port, "--redis", "none", "--worker-urls", &url];
         let second = vllm_proxy::app::start(vllm_proxy::config::Config::from_flags(flags).unwrap());
         let error = second.unwrap_err().to_string();
         assert!(error.contains(&format!("cannot listen on {ip}:{port}")), "{error}");

@@ -90,7 +90,7 @@ class Worker:
 
 class Proxy:
     def __init__(self, given, urls, log):
-        flags = ["--host", "127.0.0.1", "--port", "0", "-L", "json", "--threads", "2", "--no-pin", "--health-check-interval-secs", "1",
+        flags = ["--host", "127.0.0.1", "--port", "0", "--redis", "none", "-L", "json", "--threads", "2", "--no-pin", "--health-check-interval-secs", "1",
                  "--health-check-timeout-secs", "2", "--model-refresh-secs", "2", "--shutdown-grace-secs", "10", "--prefix-index-bytes", "1048576"]
         extra = [part for flag in given.flag for part in flag.split("=", 1)]
         self.command, self.log = [given.proxy, *flags, *extra, "--worker-urls", *urls], log

@@ -43,7 +43,7 @@ async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Respons
 fn sample(worker: &Worker) -> WorkerSample {
     let counters = worker.counters();
     let engine = worker.engine();
-    let load = worker.load();
+    let load = worker.own_load();
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     WorkerSample {
         worker: worker.name().to_owned(),
@@ -54,6 +54,7 @@ fn sample(worker: &Worker) -> WorkerSample {
         ejections: counters.ejections.iter().map(read).collect(),
         probes: counters.probes.iter().map(read).collect(),
         in_flight: worker.in_flight(),
+        peers: worker.peers_load().in_flight,
         attempts: read(&counters.attempts),
         transport_errors: read(&counters.transport_errors),
         connects: read(&counters.connects),

@@ -12,7 +12,7 @@ mod rules;
 mod show;
 
 use crate::{
-    admission, control, net, proxy, routing, shard,
+    admission, control, net, proxy, routing, shard, sync,
     telemetry::log,
     upstream,
     workers::{self, WorkerSpec},
@@ -88,6 +88,10 @@ pub struct Config {
     /// Breakers.
     #[command(flatten, next_help_heading = "Breakers of workers")]
     pub breakers: workers::Settings,
+
+    /// What several proxies share.
+    #[command(flatten, next_help_heading = "Several proxies as one")]
+    pub sync: sync::Settings,
 
     /// Verbosity and format of the logs.
     #[command(flatten, next_help_heading = "Logs")]

@@ -41,6 +41,10 @@ const MAX_ATTEMPTS: u32 = 100;
 /// The longest pause between two attempts, an hour, in milliseconds.
 const MAX_PAUSE_MS: u64 = 3_600_000;
 
+/// The longest interval between two batches of news, in milliseconds: a proxy that is silent for two and a half times
+/// as long counts as gone.
+const MAX_SYNC_MS: u64 = 1000;
+
 const MILLISECONDS: &str = "a whole number of milliseconds from 0 to 3600000";
 /// Waiting requests. More could not be served in any time that a client waits.
 const MAX_QUEUE: u32 = 1 << 20;
@@ -167,6 +171,10 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "cb_timeout_duration_secs", allowed: SECONDS, check: |c| within(c.breakers.cb_timeout_duration_secs, 1..=MAX_SECONDS) },
     Rule { id: "cb_window_duration_secs", allowed: SECONDS, check: |c| within(c.breakers.cb_window_duration_secs, 1..=MAX_SECONDS) },
     Rule { id: "disable_circuit_breaker", allowed: SWITCH, check: |_| Ok(()) },
+
+    Rule { id: "redis", allowed: "redis://[[user]:password@]host[:port][/database], the same with rediss://, unix:///path[?db=N], local or none", check: |_| Ok(()) },
+    Rule { id: "sync_interval_ms", allowed: "a whole number of milliseconds from 5 to 1000", check: |c| within(c.sync.sync_interval_ms, 5..=MAX_SYNC_MS) },
+    Rule { id: "redis_stream_bytes", allowed: "a whole number of bytes from 65536 to 2^40", check: |c| within(c.sync.redis_stream_bytes, 1 << 16..=1 << 40) },
 
     Rule { id: "verbosity", allowed: "1, Loud, Verbose, Debug, Info, Warning, 0, Quiet or Error", check: |_| Ok(()) },
     Rule { id: "log_format", allowed: "txt, json, yml or yaml", check: |_| Ok(()) },

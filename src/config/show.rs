@@ -56,6 +56,9 @@ pub(super) fn shown(id: &str, value: &str) -> String {
     if SECRETS.contains(&id) {
         return MASK.to_owned();
     }
+    if id == "redis" {
+        return escaped(&redis(value));
+    }
     match (value.find("://"), value.rfind('@')) {
         (Some(scheme), Some(at)) if scheme + 3 < at => {
             escaped(&format!("{}{MASK}{}", &value[..scheme + 3], &value[at..]))
@@ -64,8 +67,63 @@ pub(super) fn shown(id: &str, value: &str) -> String {
     }
 }
 
+/// An address of a Redis without whatever may be a secret, however wrong it is written.
+fn redis(value: &str) -> String {
+    let (scheme, rest) = match value.find("://") {
+        Some(at) => value.split_at(at + 3),
+        None if value.contains(['@', '?', ':']) => return MASK.to_owned(),
+        None => return value.to_owned(),
+    };
+    let (place, parameters) = match rest.rsplit_once('@') {
+        // in the path of a socket it is a letter as any other, and in its parameters part of a secret
+        Some((_, place)) if !scheme.contains("unix") => (format!("{MASK}@{place}"), None),
+        _ => match rest.split_once('?') {
+            Some((place, parameters)) => (place.to_owned(), Some(parameters)),
+            None => (rest.to_owned(), None),
+        },
+    };
+    let database = |text: &str| {
+        text.strip_prefix("db=").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    // a password whose host was forgotten stands where a port would
+    let authority = place.split(['/', '#']).next().unwrap_or_default();
+    let port = authority.rsplit_once(':').map_or("", |(_, port)| port);
+    if !port.bytes().all(|byte| byte.is_ascii_digit()) && !authority.ends_with(']') {
+        return format!("{scheme}{MASK}");
+    }
+    match parameters {
+        Some(parameters) if database(parameters) => format!("{scheme}{place}?{parameters}"),
+        Some(_) => format!("{scheme}{place}?{MASK}"),
+        None => format!("{scheme}{place}"),
+    }
+}
+
 /// The text on one line.
 pub(super) fn escaped(text: &str) -> String {
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(escape).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn no_address_of_a_redis_shows_a_secret() {
+        for (value, shown) in [
+            ("local", "local"),
+            ("nonsense", "nonsense"),
+            ("redis://host:6379/1", "redis://host:6379/1"),
+            ("redis://[::1]/1", "redis://[::1]/1"),
+            ("unix:///run/a@b.sock?db=1", "unix:///run/a@b.sock?db=1"),
+            ("redis://user:secret@host/1", "redis://***@host/1"),
+            ("redis://user:sec@ret?x/y#@host/1", "redis://***@host/1"),
+            ("redis://:secret", "redis://***"),
+            ("redis://user:se7cret/1", "redis://***"),
+            ("user:secret@host", "***"),
+            ("redis:/user:secret", "***"),
+            ("unix:///run/a.sock?db=1&pass=sec@ret", "unix:///run/a.sock?***"),
+            ("redis://host?secret", "redis://host?***"),
+        ] {
+            assert_eq!(super::shown("redis", value), shown, "{value}");
+        }
+    }
 }

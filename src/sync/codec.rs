@@ -9,7 +9,7 @@
 //!   more     worker   density (1)   parent (6)   count   chunks (6 each)     one whose beginning was told before
 //!   ended    worker   density (1)   last chunk (6)   generated chunks
 //!   stored   worker   hash of the response's id (8)
-//!   slots    wanted
+//!   slots    held   wanted
 //! ```
 //!
 //! Numbers of which nothing else is said are varints (LEB128), what has a fixed size is little-endian. Whatever
@@ -17,6 +17,7 @@
 
 use crate::{
     routing::{CHUNK_BITS, Density, MAX_CHUNKS, STRIDE},
+    sync::Claim,
     workers::{BreakerState, Health, Load, Rest, Worker},
 };
 
@@ -122,8 +123,8 @@ pub(super) enum Record<'a> {
     Ended { worker: usize, density: Density, last: u64, generated: u32 },
     /// It has stored a response.
     Stored { worker: usize, response: u64 },
-    /// How many slots of the common limit the instance could use.
-    Slots(u32),
+    /// What the instance claims of the common limit.
+    Slots(Claim),
 }
 
 /// Chunks as they are written.
@@ -240,10 +241,11 @@ impl Writer {
     }
 
     /// The first record, so that it always fits.
-    pub(super) fn slots(&mut self, wanted: u32) {
+    pub(super) fn slots(&mut self, claim: Claim) {
         debug_assert!(self.is_empty(), "there may be no room any more");
         self.bytes.push(SLOTS);
-        self.number(wanted.into());
+        self.number(claim.held.into());
+        self.number(claim.wanted.into());
     }
 
     /// Begins a record of the worker at a position, with a key; false if there is no room.
@@ -352,7 +354,7 @@ impl<'a> Reader<'a> {
                 generated: self.small()?,
             },
             STORED => Record::Stored { worker: self.worker()?, response: u64::from_le_bytes(self.array()?) },
-            SLOTS => Record::Slots(self.small()?),
+            SLOTS => Record::Slots(Claim { held: self.small()?, wanted: self.small()? }),
             _ => return Err(Unreadable::Malformed),
         };
         Ok(Some(record))

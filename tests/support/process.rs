@@ -38,6 +38,10 @@ pub(crate) fn binary_with_log(
     prepare: impl FnOnce(&mut Command),
 ) -> (Ended, SocketAddr, Log) {
     command.args(["--host", "127.0.0.1", "--port", "0", "-L", "json"]).args(arguments);
+    if !arguments.contains(&"--redis") {
+        // by itself, whoever is on this host
+        command.args(["--redis", "none"]);
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     prepare(&mut command);
     let mut child = Ended(command.spawn().expect("cannot start the binary"));

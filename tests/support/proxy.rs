@@ -49,6 +49,8 @@ pub(crate) fn proxy(variant: Variant) -> Builder {
         .arg("--model-refresh-secs", "0.2")
         // who comes back gets its share at once
         .arg("--slow-start-secs", "0")
+        // by itself, whoever is on this host
+        .arg("--redis", "none")
 }
 
 impl Builder {

@@ -1,6 +1,9 @@
 //! Every metric that `/metrics` shows, a row each.
 
-use std::{fmt, sync::OnceLock};
+use std::{
+    fmt,
+    sync::{OnceLock, atomic::Ordering},
+};
 
 use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeGaugeValue, MetricEncoder, NoLabelSet},
@@ -282,6 +285,76 @@ pub const CATALOGUE: &[Row] = &[
         values: Values::One(|scrape| told(&scrape.metrics.dropped_lines)),
     },
     Row {
+        name: "vllm_proxy_redis_up",
+        help: "Whether Redis is in use; 0 also where none is set",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| {
+            let exchange = scrape.metrics.sync.get();
+            exchange.map_or(0, |exchange| exchange.figures.up.load(Ordering::Relaxed).into())
+        }),
+    },
+    Row {
+        name: "vllm_proxy_redis_lag_seconds",
+        help: "How long the last of this process's own batches took through Redis and back",
+        kind: Kind::Gauge,
+        values: Values::Labelled(|scrape, metric| {
+            gauge(metric, &[], seconds(scrape.metrics.synced(|figures| &figures.lag_micros)))
+        }),
+    },
+    Row {
+        name: "vllm_proxy_redis_losses",
+        help: "Times that Redis could not be used any more",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.losses)),
+    },
+    Row {
+        name: "vllm_proxy_redis_sent_events",
+        help: "Events that other proxies were told through Redis",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.events_sent)),
+    },
+    Row {
+        name: "vllm_proxy_redis_sent_bytes",
+        help: "Bytes of batches that were added to the stream in Redis",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.bytes_sent)),
+    },
+    Row {
+        name: "vllm_proxy_redis_received_events",
+        help: "Events that other proxies told through Redis",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.events_received)),
+    },
+    Row {
+        name: "vllm_proxy_redis_received_bytes",
+        help: "Bytes of batches of other proxies that were read from Redis",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.bytes_received)),
+    },
+    Row {
+        name: "vllm_proxy_redis_dropped_events",
+        help: "Events that other proxies are not told because their queue was full",
+        kind: Kind::Counter,
+        values: Values::One(|scrape| scrape.metrics.sync.get().map_or(0, |exchange| (exchange.dropped)())),
+    },
+    Row {
+        name: "vllm_proxy_redis_skipped_batches",
+        help: "Batches in Redis that were not read, or not to their end: of another version, or malformed",
+        kind: Kind::Counter,
+        values: Values::Labelled(|scrape, metric| {
+            let version = scrape.metrics.synced(|figures| &figures.skipped_version);
+            counter(metric, &[("reason", "version")], version)?;
+            let malformed = scrape.metrics.synced(|figures| &figures.skipped_malformed);
+            counter(metric, &[("reason", "malformed")], malformed)
+        }),
+    },
+    Row {
+        name: "vllm_proxy_peers",
+        help: "Other proxies on the same Redis that are heard",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| scrape.metrics.synced(|figures| &figures.peers)),
+    },
+    Row {
         name: "vllm_proxy_worker_health",
         help: "Whether a worker takes requests",
         kind: Kind::Gauge,
@@ -330,6 +403,12 @@ pub const CATALOGUE: &[Row] = &[
         help: "Requests of this process that run on a worker now",
         kind: Kind::Gauge,
         values: Values::PerWorker(|worker| u64::from(worker.in_flight)),
+    },
+    Row {
+        name: "vllm_proxy_worker_peer_requests",
+        help: "Requests of other proxies that run on a worker now, as they tell through Redis",
+        kind: Kind::Gauge,
+        values: Values::PerWorker(|worker| u64::from(worker.peers)),
     },
     Row {
         name: "vllm_proxy_worker_attempts",

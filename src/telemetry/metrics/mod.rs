@@ -13,7 +13,10 @@ mod sync;
 
 use std::{
     fmt,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use prometheus_client::{
@@ -85,6 +88,14 @@ pub struct Metrics {
     body_bytes: OnceLock<Reader>,
     open_files: OnceLock<OpenFiles>,
     shortages: Shortages,
+    sync: OnceLock<Exchange>,
+}
+
+/// What is known of the exchange with other proxies.
+struct Exchange {
+    figures: Arc<SyncFigures>,
+    /// Events that had no room.
+    dropped: Reader,
 }
 
 /// What is known of the process's open files.
@@ -125,6 +136,8 @@ pub struct WorkerSample {
     pub probes: Vec<u64>,
     /// Requests of this process that run on it now.
     pub in_flight: u32,
+    /// Requests of other proxies that run on it now, as they tell.
+    pub peers: u32,
     /// Attempts sent or tried to be sent.
     pub attempts: u64,
     /// Attempts that ended in a transport error.
@@ -178,6 +191,7 @@ impl Metrics {
             slots: OnceLock::new(),
             slots_in_use: OnceLock::new(),
             body_bytes: OnceLock::new(),
+            sync: OnceLock::new(),
         }
     }
 
@@ -245,6 +259,16 @@ impl Metrics {
     /// Says once how the bytes of request bodies in memory are read.
     pub fn set_body_bytes(&self, read: impl Fn() -> u64 + Send + Sync + 'static) {
         self.body_bytes.get_or_init(|| Box::new(read));
+    }
+
+    /// Says once where the exchange with other proxies is counted, and how the events that had no room are read.
+    pub fn set_sync(&self, figures: Arc<SyncFigures>, dropped: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.sync.get_or_init(|| Exchange { figures, dropped: Box::new(dropped) });
+    }
+
+    /// A figure of the exchange with other proxies; 0 where there is none.
+    fn synced(&self, read: fn(&SyncFigures) -> &AtomicU64) -> u64 {
+        self.sync.get().map_or(0, |sync| read(&sync.figures).load(Ordering::Relaxed))
     }
 
     /// The text of a scrape; of the workers it says what `workers` holds.
@@ -315,6 +339,7 @@ mod tests {
             ejections: vec![17; Ejection::ALL.len()],
             probes: vec![18; ProbeVerdict::ALL.len()],
             in_flight: 3,
+            peers: 19,
             attempts: 4,
             transport_errors: 5,
             connects: 6,

@@ -1,0 +1,366 @@
+//! The sync thread: carries a [`Replica`]'s batches to Redis, and brings it what all proxies have added.
+//!
+//! A plain thread that blocks, and the only one that talks to Redis; nothing waits for it but the start, and that for
+//! at most [`WARM`]. Once per interval it adds what there is to tell; the rest of the interval it waits in Redis for
+//! what others tell. The interval is kept by our own monotonic clock.
+//!
+//! Redis may do anything at any time. What goes wrong ends the connection, is said once, and is tried again with
+//! growing pauses; shards notice nothing but that they hear no more of the others. Nothing is kept for the
+//! time after: what shards tell meanwhile stays in the journal as far as there is room.
+
+use std::{
+    any::Any,
+    convert::Infallible,
+    fmt,
+    hash::{BuildHasher, RandomState},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{atomic::Ordering, mpsc},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    base::{Backoff, Clock, Millis},
+    sync::{
+        Replica, Settings,
+        link::{Id, Link, MOST_BLOCK_MS, PAGE, Trouble},
+        replica,
+        settings::Address,
+        standing::{News, Standing},
+    },
+    workers::Load,
+};
+
+/// What connecting and reading the stream's tail may take before the proxy serves; what is left of the tail is read
+/// while it does.
+const WARM: Duration = Duration::from_secs(2);
+
+/// What the thread may take to end: an answer that it waits for, and the last words.
+const END: Duration = Duration::from_secs(2);
+
+/// Batches that are added at a time; what is beyond is in the next interval.
+const MOST_BATCHES: usize = 64;
+
+/// How often the stream's life is prolonged, in milliseconds.
+const KEEP_MS: u64 = 60_000;
+
+/// Pauses between attempts to reach Redis.
+const PAUSES: Backoff = Backoff { initial_ms: 100, max_ms: 5000, multiplier: 2.0, jitter: 0.25 };
+
+/// While Redis is away, peers are looked after this often, in milliseconds.
+const LOOK_MS: u64 = 250;
+
+/// What the thread is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The clock of the shards.
+    pub clock: Clock,
+    /// Where Redis is, and how often it is told.
+    pub settings: Settings,
+    /// What is told and heard.
+    pub replica: replica::Parts,
+}
+
+/// The running thread. Dropping it tells the thread to stop, without waiting.
+#[derive(Debug)]
+pub struct Handle {
+    clock: Clock,
+    started: Millis,
+    ready: mpsc::Receiver<Infallible>,
+    stop: mpsc::Sender<Infallible>,
+    ended: mpsc::Receiver<Infallible>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Handle {
+    /// Blocks until the tail of the stream was read, Redis turned out not to be usable, or [`WARM`] is over since the
+    /// start.
+    pub fn wait_ready(&self) {
+        let waited = Duration::from_millis(self.clock.millis().saturating_sub(self.started));
+        // an error either way: nothing is ever sent
+        self.ready.recv_timeout(WARM.saturating_sub(waited)).err();
+    }
+
+    /// Lets it say that this proxy goes, and waits for its end, if that does not take long: the name of a server may
+    /// be looked up for longer than anybody wants to wait.
+    pub fn stop(self) {
+        drop(self.stop);
+        match self.ended.recv_timeout(END) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                tracing::warn!("the sync thread does not end; the process goes without it");
+            }
+            _ => self.thread.join().unwrap_or_default(),
+        }
+    }
+}
+
+/// Starts the thread; `None` where no Redis is to be used.
+///
+/// # Errors
+/// The thread cannot be started.
+pub fn start(parts: Parts) -> std::io::Result<Option<Handle>> {
+    let Some(address) = parts.settings.redis.address() else { return Ok(None) };
+    let clock = parts.clock;
+    let started = clock.millis();
+    let (warm, ready) = mpsc::channel();
+    let (stop, orders) = mpsc::channel();
+    let (end, ended) = mpsc::channel();
+    let thread = thread::Builder::new().name("sync".to_owned()).spawn(move || {
+        let _end: mpsc::Sender<Infallible> = end;
+        Exchange::new(parts, address, warm, orders).run();
+    })?;
+    Ok(Some(Handle { clock, started, ready, stop, ended, thread }))
+}
+
+/// A number that no other proxy has.
+pub fn instance() -> u64 {
+    RandomState::new().hash_one(std::process::id())
+}
+
+/// All that the thread owns.
+struct Exchange {
+    clock: Clock,
+    interval_ms: u64,
+    address: Address,
+    parts: replica::Parts,
+    replica: Replica,
+    standing: Standing,
+    link: Option<Link>,
+    /// Attempts in a row that have failed.
+    failures: u32,
+    /// The last entry that was read.
+    last: Id,
+    /// The stream is not there, and is to be made.
+    create: bool,
+    /// When the stream's life was prolonged; `None`: not on this connection.
+    kept: Option<Millis>,
+    /// When the next batches are due.
+    next: Millis,
+    /// Our last batch, and when it was sent, in microseconds.
+    sent: Option<(Id, u64)>,
+    /// Dropped when there is nothing to wait for any more.
+    warm: Option<mpsc::Sender<Infallible>>,
+    orders: mpsc::Receiver<Infallible>,
+}
+
+impl fmt::Debug for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exchange").field("link", &self.link).field("last", &self.last).finish_non_exhaustive()
+    }
+}
+
+impl Exchange {
+    fn new(
+        parts: Parts,
+        address: Address,
+        warm: mpsc::Sender<Infallible>,
+        orders: mpsc::Receiver<Infallible>,
+    ) -> Self {
+        let Parts { clock, settings, replica: parts } = parts;
+        let standing = Standing::new(settings.redis.is_expected(), clock.millis());
+        parts.shared.journal.set_alone(standing.is_alone());
+        Self {
+            clock,
+            interval_ms: settings.sync_interval_ms.max(1),
+            address,
+            replica: Replica::new(parts.clone()),
+            parts,
+            standing,
+            link: None,
+            failures: 0,
+            last: Id::default(),
+            create: false,
+            kept: None,
+            next: 0,
+            sent: None,
+            warm: Some(warm),
+            orders,
+        }
+    }
+
+    fn run(mut self) {
+        while !self.is_over() {
+            let rounds = catch_unwind(AssertUnwindSafe(|| {
+                self.pause();
+                self.rounds()
+            }));
+            let reason = match rounds {
+                Ok(Ok(())) => break,
+                Ok(Err(Trouble(reason))) => reason,
+                Err(panic) => self.panicked(&*panic),
+            };
+            self.failed(&reason);
+        }
+        let (entries, link) = (self.replica.stream_entries(), self.link.take());
+        if let Some(link) = link {
+            let said = link.farewell(self.replica.farewell(), entries);
+            if let Err(Trouble(reason)) = said {
+                tracing::debug!(reason, "Redis does not take our farewell");
+            }
+        }
+    }
+
+    /// Tells and listens, until something goes wrong or it is over.
+    fn rounds(&mut self) -> Result<(), Trouble> {
+        let mut link = match self.link.take() {
+            Some(link) => link,
+            None => Link::open(&self.address, self.clock)?,
+        };
+        self.kept = None;
+        while !self.is_over() {
+            self.tell(&mut link)?;
+            self.works();
+            self.listen(&mut link)?;
+            self.replica.expire(self.clock.millis());
+        }
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// Adds what there is to tell.
+    fn tell(&mut self, link: &mut Link) -> Result<(), Trouble> {
+        let now = self.clock.millis();
+        // after a delay the interval begins anew: nobody has to be told twice as much
+        self.next = (self.next + self.interval_ms).clamp(now + 1, now + self.interval_ms);
+        let batches = self.batches(now);
+        let micros = self.clock.micros();
+        let entries = self.replica.stream_entries();
+        let mut added = link.add(&batches, entries, self.create)?;
+        if added.is_none() && !batches.is_empty() && !self.create {
+            // what was told before is not there either, and what peers tell from now on is all that there is
+            self.replica.begin_anew();
+            self.create = true;
+            self.last = Id::default();
+            let batches = self.batches(now);
+            added = link.add(&batches, entries, self.create)?;
+        }
+        let Some(id) = added else { return Ok(()) };
+        if std::mem::replace(&mut self.create, false) {
+            // as soon as there is a stream, it has an end
+            self.kept = None;
+        }
+        if id <= self.last {
+            // another stream has taken the place of the one that was read, and its clock is behind
+            self.last = Id::default();
+        }
+        self.sent = Some((id, micros));
+        if self.kept.is_none_or(|kept| now.saturating_sub(kept) >= KEEP_MS) {
+            link.keep()?;
+            self.kept = Some(now);
+        }
+        Ok(())
+    }
+
+    fn batches(&mut self, now: Millis) -> Vec<Vec<u8>> {
+        (0..MOST_BATCHES).map_while(|_| self.replica.compose(now)).collect()
+    }
+
+    /// Takes in what is added, until the next batches are due.
+    fn listen(&mut self, link: &mut Link) -> Result<(), Trouble> {
+        loop {
+            let now = self.clock.millis();
+            let left = self.next.saturating_sub(now);
+            if left == 0 || self.is_over() {
+                return Ok(());
+            }
+            let entries = link.read(self.last, left.min(MOST_BLOCK_MS))?;
+            let complete = entries.len() < PAGE;
+            let now = self.clock.millis();
+            for entry in entries {
+                // before it is taken in: what cannot be is not read again
+                self.last = entry.id;
+                if self.sent.is_some_and(|(id, _)| id == entry.id) {
+                    self.heard_ourselves();
+                }
+                self.replica.receive(now, link.age_ms(now, entry.id), &entry.batch);
+            }
+            if complete {
+                self.warm = None;
+            }
+        }
+    }
+
+    fn heard_ourselves(&mut self) {
+        if let Some((_, sent)) = self.sent.take() {
+            let lag = self.clock.micros().saturating_sub(sent);
+            self.parts.figures.lag_micros.store(lag, Ordering::Relaxed);
+        }
+    }
+
+    /// Redis has taken what was told.
+    fn works(&mut self) {
+        self.failures = 0;
+        let news = self.standing.works(self.clock.millis());
+        self.tell_standing();
+        let redis = &self.address;
+        match news {
+            Some(News::Back { away_ms }) => {
+                tracing::info!(%redis, away_ms, "Redis is in use again; other proxies are heard");
+            }
+            Some(_) => tracing::info!(%redis, "Redis is in use; proxies on it choose as one"),
+            None => {}
+        }
+    }
+
+    /// Redis is not used until it is tried again.
+    fn failed(&mut self, reason: &str) {
+        self.failures = self.failures.saturating_add(1);
+        self.link = None;
+        self.warm = None;
+        self.sent = None;
+        let news = self.standing.fails(self.clock.millis(), reason);
+        self.tell_standing();
+        let redis = &self.address;
+        match news {
+            Some(News::Lost) => {
+                self.parts.figures.losses.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%redis, reason, "Redis is lost; this proxy chooses without the others until it is back");
+            }
+            Some(News::Nobody) => {
+                tracing::info!(%redis, reason, "no Redis here; this proxy chooses by itself (--redis names one)");
+            }
+            Some(_) => {
+                tracing::warn!(%redis, reason, "Redis cannot be used; this proxy chooses without the others until it can");
+            }
+            None => tracing::debug!(%redis, reason, "Redis can still not be used"),
+        }
+    }
+
+    fn tell_standing(&self) {
+        self.parts.figures.up.store(self.standing.is_up(), Ordering::Relaxed);
+        self.parts.shared.journal.set_alone(self.standing.is_alone());
+    }
+
+    /// A fault of ours (or of the client's) costs what is known of the peers, not the proxy: all begins anew, behind
+    /// the entry that was read last.
+    fn panicked(&mut self, panic: &(dyn Any + Send)) -> String {
+        let words = panic.downcast_ref::<&str>().copied();
+        let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic");
+        tracing::error!(panic = words, "the exchange with other proxies has panicked; it begins anew");
+        for worker in &self.parts.fleet.load().workers {
+            worker.set_peers_load(Load::default());
+        }
+        self.parts.instance = instance();
+        self.replica = Replica::new(self.parts.clone());
+        "a fault in this proxy".to_owned()
+    }
+
+    /// Waits before the next attempt, if the last one failed; who is not heard expires meanwhile.
+    fn pause(&mut self) {
+        let Some(pause) = self.failures.checked_sub(1) else { return };
+        let chance = instance() as f64 / 2f64.powi(64);
+        let mut left = PAUSES.pause_ms(pause, chance);
+        while left > 0 {
+            let look = left.min(LOOK_MS);
+            left -= look;
+            match self.orders.recv_timeout(Duration::from_millis(look)) {
+                Err(mpsc::RecvTimeoutError::Timeout) => self.replica.expire(self.clock.millis()),
+                _ => return,
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.orders.try_recv(), Err(mpsc::TryRecvError::Disconnected))
+    }
+}
