@@ -48,6 +48,8 @@ mod properties;
 mod ranks;
 /// README and `--help` say what the code says.
 mod readme;
+/// Several proxies on a real Redis: what they share, and what happens when it is gone.
+mod redis;
 /// HTTP/1.1 a second time, naively.
 mod reference;
 /// What never reaches a worker: 400, 408, 413, 414, 431.

@@ -142,11 +142,11 @@ impl Ancestry {
         (self.position_bytes / GRAIN) as u32
     }
 
-    /// Every link in its place, without where it was told.
+    /// Every link, from bucket to bucket and in the order of a bucket, without where it was told.
     #[cfg(test)]
     pub(super) fn links(&self) -> Vec<(u64, u64)> {
-        let links = self.buckets.iter().flatten().map(|link| Link::unpack(*link));
-        links.map(|link| (link.chunk, link.parent)).collect()
+        let links = self.buckets.iter().flatten().filter(|link| **link != [0; 2]);
+        links.map(|link| Link::unpack(*link)).map(|link| (link.chunk, link.parent)).collect()
     }
 }
 

@@ -1,6 +1,6 @@
 //! One connection to Redis, and the few commands that are sent over it.
 //!
-//! Redis is used by XADD and XREAD on one key, PEXPIRE, TIME and CLIENT SETNAME; nothing is read or changed beside that
+//! Redis is used by XADD, XREAD and XRANGE on one key, PEXPIRE, TIME and CLIENT SETNAME; nothing is read or changed beside that
 //! key. Every answer is awaited for a bounded time, and whatever goes wrong ends the connection: what Redis did with
 //! the last command is not known then, and nothing depends on it.
 
@@ -81,7 +81,10 @@ impl From<RedisError> for Trouble {
             _ if error.is_timeout() => "no answer in time".to_owned(),
             // the client hides what the server said of it
             ErrorKind::AuthenticationFailed => "user or password is refused".to_owned(),
-            _ => error.to_string(),
+            _ => match error.code() {
+                Some(code) => format!("{code} {}", error.detail().unwrap_or_default()),
+                None => error.to_string(),
+            },
         };
         Self(text.chars().take(MOST_SAID).collect())
     }
@@ -165,6 +168,14 @@ impl Link {
             };
         }
         Ok(last)
+    }
+
+    /// Whether the stream has this entry.
+    pub(super) fn has(&mut self, id: Id) -> Result<bool, Trouble> {
+        let (mut command, id) = (pipe(), id.to_string());
+        command.cmd("XRANGE").arg(KEY).arg(&id).arg(&id).arg("COUNT").arg(1);
+        let [found] = self.answers(&command)?;
+        array(accepted(found)?).map(|found| !found.is_empty()).ok_or_else(Trouble::nonsense)
     }
 
     /// Lets the stream live on.

@@ -204,12 +204,13 @@ impl Exchange {
     fn rounds(&mut self) -> Result<(), Trouble> {
         let mut link = match self.link.take() {
             Some(link) => link,
-            None => Link::open(&self.address, self.clock)?,
+            None => self.open()?,
         };
         self.kept = None;
         while !self.is_over() {
-            self.tell(&mut link)?;
-            self.works();
+            if self.tell(&mut link)? {
+                self.works();
+            }
             self.listen(&mut link)?;
             self.replica.expire(self.clock.millis());
         }
@@ -217,8 +218,19 @@ impl Exchange {
         Ok(())
     }
 
-    /// Adds what there is to tell.
-    fn tell(&mut self, link: &mut Link) -> Result<(), Trouble> {
+    fn open(&mut self) -> Result<Link, Trouble> {
+        let mut link = Link::open(&self.address, self.clock)?;
+        if self.last != Id::default() && !link.has(self.last)? {
+            // a copy that was behind, an older snapshot, or a stream that has moved on: of what was told before, nobody
+            // knows what is there
+            self.replica.begin_anew();
+            self.last = Id::default();
+        }
+        Ok(link)
+    }
+
+    /// Adds what there is to tell; true if Redis has taken something. A server that may only be read answers, too.
+    fn tell(&mut self, link: &mut Link) -> Result<bool, Trouble> {
         let now = self.clock.millis();
         // after a delay the interval begins anew: nobody has to be told twice as much
         self.next = (self.next + self.interval_ms).clamp(now + 1, now + self.interval_ms);
@@ -234,7 +246,7 @@ impl Exchange {
             let batches = self.batches(now);
             added = link.add(&batches, entries, self.create)?;
         }
-        let Some(id) = added else { return Ok(()) };
+        let Some(id) = added else { return Ok(false) };
         if std::mem::replace(&mut self.create, false) {
             // as soon as there is a stream, it has an end
             self.kept = None;
@@ -248,7 +260,7 @@ impl Exchange {
             link.keep()?;
             self.kept = Some(now);
         }
-        Ok(())
+        Ok(true)
     }
 
     fn batches(&mut self, now: Millis) -> Vec<Vec<u8>> {
@@ -269,10 +281,10 @@ impl Exchange {
             for entry in entries {
                 // before it is taken in: what cannot be is not read again
                 self.last = entry.id;
+                self.replica.receive(now, link.age_ms(now, entry.id), &entry.batch);
                 if self.sent.is_some_and(|(id, _)| id == entry.id) {
                     self.heard_ourselves();
                 }
-                self.replica.receive(now, link.age_ms(now, entry.id), &entry.batch);
             }
             if complete {
                 self.warm = None;

@@ -9,6 +9,7 @@ mod eventually;
 pub(crate) mod head;
 mod process;
 mod proxy;
+mod redis;
 mod variants;
 pub(crate) mod worker;
 
@@ -16,5 +17,6 @@ pub(crate) use client::{Client, End, Response};
 pub(crate) use eventually::{eventually, patience, tick};
 pub(crate) use process::{Ended, Log, binary, binary_with_log};
 pub(crate) use proxy::{Builder as ProxyBuilder, Proxy, proxy};
+pub(crate) use redis::{NEWS, Redis, absent_redis, redis, redis_with};
 pub(crate) use variants::{Io, Variant, variants};
 pub(crate) use worker::{Gate, Worker, answer, dead_url, json_answer, script, sse_event, worker};
