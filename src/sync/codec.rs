@@ -470,7 +470,7 @@ mod tests {
     }
 
     /// Everything in a batch until its end or what cannot be read, and which it was.
-    fn read(mut reader: Reader<'_>) -> (Option<u32>, Vec<Said>, Result<(), Unreadable>) {
+    fn read(mut reader: Reader<'_>) -> (Option<Claim>, Vec<Said>, Result<(), Unreadable>) {
         let (mut workers, mut slots, mut all) = (Vec::new(), None, Vec::new());
         let at =
             |workers: &Vec<u64>, number: usize| workers.get(number).map_or(usize::MAX, |&key| key as usize);
@@ -479,7 +479,7 @@ mod tests {
                 Ok(None) => return (slots, all, Ok(())),
                 Err(unreadable) => return (slots, all, Err(unreadable)),
                 Ok(Some(Record::Worker(key))) => workers.push(key),
-                Ok(Some(Record::Slots(wanted))) => slots = Some(wanted),
+                Ok(Some(Record::Slots(claim))) => slots = Some(claim),
                 Ok(Some(Record::Load { worker, load, state, losses })) => {
                     all.push(Said::Load(at(&workers, worker), load, state.to_byte(), losses));
                 }
@@ -500,18 +500,19 @@ mod tests {
         #[test]
         fn what_is_written_reads_back_as_the_same(
             header in header(),
-            wanted in proptest::option::of(any::<u32>()),
+            claim in proptest::option::of(any::<(u32, u32)>()),
             records in vec(said(), 0..60),
         ) {
             let mut batch = Writer::new(header, 200);
             prop_assert!(batch.is_empty());
-            wanted.into_iter().for_each(|wanted| batch.slots(wanted));
+            let claim = claim.map(|(held, wanted)| Claim { held, wanted });
+            claim.into_iter().for_each(|claim| batch.slots(claim));
             records.iter().for_each(|said| assert!(write(&mut batch, said)));
-            prop_assert_eq!(batch.is_empty(), records.is_empty() && wanted.is_none());
+            prop_assert_eq!(batch.is_empty(), records.is_empty() && claim.is_none());
             let bytes = batch.finish();
             let (found, reader) = Reader::open(&bytes).unwrap();
             prop_assert_eq!(found, header);
-            prop_assert_eq!(read(reader), (wanted, records.clone(), Ok(())));
+            prop_assert_eq!(read(reader), (claim, records.clone(), Ok(())));
             // what is cut off somewhere says what it said up to there
             let cut = Reader::open(&bytes[..bytes.len() / 2]);
             if let Ok((found, reader)) = cut {
@@ -550,7 +551,7 @@ mod tests {
     #[test]
     fn the_encoding_is_what_others_read() {
         let mut batch = Writer::new(Header { farewell: true, begins_anew: true, ..HEADER }, 9);
-        batch.slots(5);
+        batch.slots(Claim { held: 5, wanted: 130 });
         let state = State { health: Health::Down, rest: Some(Rest::Paused), breaker: BreakerState::Open };
         let density = Density { quarter_bytes: 16, tail: 2 };
         let load = Load { in_flight: 2, queued_tokens: 128, decode_tokens: 3 };
@@ -560,7 +561,7 @@ mod tests {
         assert!(batch.ended((8, 0x0102), density, 2, 3) && batch.stored((8, 0x0102), 4));
         let expected = [
             &[1, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0xac, 2][..],
-            &[7, 5],
+            &[7, 5, 0x82, 1],
             &[1, 2, 1, 0, 0, 0, 0, 0, 0],
             &[2, 0, 2, 0x80, 1, 3, 2 | 2 << 2 | 1 << 4, 6],
             &[3, 0, 16 << 2 | 1, 1, 0xb2, 0xa1, 0, 0, 0, 0],
@@ -576,7 +577,7 @@ mod tests {
         let density = Density { quarter_bytes: 16, tail: 2 };
         let worst = Load { in_flight: u32::MAX, queued_tokens: u64::MAX, decode_tokens: u64::MAX };
         let mut batch = Writer::new(Header { instance: u64::MAX, sequence: u64::MAX, ..HEADER }, 1_000_000);
-        batch.slots(u32::MAX);
+        batch.slots(Claim { held: u32::MAX, wanted: u32::MAX });
         let state = State::of_byte(0);
         let loads = (0..).take_while(|&at| batch.load((at, u64::MAX), worst, state, u32::MAX)).count();
         assert!((200..400).contains(&loads), "{loads}");
