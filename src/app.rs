@@ -113,8 +113,10 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         service: admin::service(admin_listener, metrics.clone(), limits, stored.clone()),
     })
     .context("cannot start the control thread")?;
+    let (entrance, mut bells) = entrance(&config, count)?;
     // both at once: probes, and what other proxies know
-    let (routing, sync) = share(&config, clock, &fleet, &metrics, &stored, faults.on_sync)?;
+    let given = Given { entrance: entrance.as_ref(), stored: &stored, fault: faults.on_sync };
+    let (routing, sync) = share(&config, clock, &fleet, &metrics, given)?;
     let journal = routing.journal.clone();
     stored.tell(move |worker, response| journal.stored(worker, response));
     control.wait_ready();
@@ -131,11 +133,11 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
         &metrics,
         Needs { shards: count, workers, pool_size: config.upstream.pool_size, driver },
     );
-    let (entrance, mut bells) = entrance(&config, count)?;
     let body_budget = admission::Budget::new(config.admission.body_memory_bytes);
     if let Some(entrance) = &entrance {
-        let (waiting, in_use) = (entrance.clone(), entrance.clone());
-        metrics.set_admission(move || waiting.waiting(), move || in_use.in_use());
+        let [waiting, slots, in_use] = [entrance, entrance, entrance].map(Arc::clone);
+        let slots = move || slots.slots().map_or(0, u64::from);
+        metrics.set_admission(move || waiting.waiting(), slots, move || in_use.in_use());
     }
     let held = body_budget.clone();
     metrics.set_body_bytes(move || held.held());
@@ -412,14 +414,21 @@ fn check_limits(metrics: &Metrics, needs: Needs) -> u64 {
     most_connections
 }
 
+/// What else the proxies share, and what a test puts into that.
+struct Given<'a> {
+    /// Where what is let in is limited.
+    entrance: Option<&'a Arc<Admission>>,
+    stored: &'a Arc<StoredResponses>,
+    fault: Option<fn()>,
+}
+
 /// What shards choose by, and, where there is a Redis, the thread that shares it with other proxies.
 fn share(
     config: &Config,
     clock: Clock,
     fleet: &FleetHandle,
     metrics: &Metrics,
-    stored: &Arc<StoredResponses>,
-    fault: Option<fn()>,
+    given: Given<'_>,
 ) -> anyhow::Result<(routing::Shared, Option<sync::Handle>)> {
     let workers = fleet.load().workers.len();
     if matches!(config.sync.redis, sync::Server::None) {
@@ -430,17 +439,20 @@ fn share(
     let figures = Arc::new(telemetry::metrics::SyncFigures::default());
     let journal = shared.journal.clone();
     metrics.set_sync(figures.clone(), move || journal.dropped());
+    let limit = config.admission.fleet_max_concurrent_requests;
+    let quota =
+        given.entrance.filter(|_| limit > 0).map(|entrance| sync::Quota::new(limit, entrance.clone()));
     let replica = sync::Parts {
         instance: sync::instance(),
         events,
         shared: shared.clone(),
         fleet: fleet.clone(),
-        stored: stored.clone(),
-        quota: None,
+        stored: given.stored.clone(),
+        quota: quota.map(Arc::new),
         figures,
         stream_bytes: config.sync.redis_stream_bytes,
     };
-    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica, fault };
+    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica, fault: given.fault };
     let thread = sync::start(parts).context("cannot start the sync thread")?;
     Ok((shared, thread))
 }

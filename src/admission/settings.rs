@@ -1,5 +1,7 @@
 //! What an operator may set of admission.
 
+use std::num::NonZero;
+
 /// How much is let in at a time, and who waits for how long.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
@@ -7,6 +9,11 @@ pub struct Settings {
     /// Requests that are served at a time, each until the end of its answer; those beyond wait. 0: no limit
     #[arg(long, env = "VLLM_PROXY_MAX_CONCURRENT_REQUESTS", default_value_t = 0, value_name = "N")]
     pub max_concurrent_requests: u32,
+
+    /// As --max-concurrent-requests, but for all proxies on one Redis together: each has a part of N that follows what
+    /// comes to it. Without Redis, for this proxy alone. Where both are set, the smaller number counts. 0: no limit
+    #[arg(long, env = "VLLM_PROXY_FLEET_MAX_CONCURRENT_REQUESTS", default_value_t = 0, value_name = "N")]
+    pub fleet_max_concurrent_requests: u32,
 
     /// Requests that wait at most, for --max-concurrent-requests or because every server of their model has as many
     /// as its own max_concurrent_requests; 0: none waits
@@ -44,9 +51,16 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Slots of this proxy at first, and as long as it hears of no other: the smaller of both limits. `None`: there is
+    /// none.
+    pub fn slots(&self) -> Option<NonZero<u32>> {
+        let limits = [self.max_concurrent_requests, self.fleet_max_concurrent_requests];
+        limits.into_iter().filter_map(NonZero::new).min()
+    }
+
     /// Whether there is anything to admit: a limit of its own, or, as `capped` tells, one of a worker.
     pub fn limits(&self, capped: bool) -> bool {
-        capped || self.max_concurrent_requests > 0 || self.rate_limit_tokens_per_second > 0.0
+        capped || self.slots().is_some() || self.rate_limit_tokens_per_second > 0.0
     }
 }
 

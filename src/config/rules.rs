@@ -138,6 +138,7 @@ pub(super) const RULES: &[Rule] = &[
     Rule { id: "retry_delay", allowed: "a number of seconds from 0 to 3600", check: |c| within(c.retries.retry_delay.unwrap_or(0.0), 0.0..=3600.0) },
 
     Rule { id: "max_concurrent_requests", allowed: "a whole number from 0 to 4294967295", check: |_| Ok(()) },
+    Rule { id: "fleet_max_concurrent_requests", allowed: "a whole number from 0 to 4294967295", check: |_| Ok(()) },
     Rule { id: "queue_size", allowed: "a whole number from 0 to 1048576", check: |c| within(c.admission.queue_size, 0..=MAX_QUEUE) },
     Rule { id: "queue_timeout_secs", allowed: SECONDS, check: |c| within(c.admission.queue_timeout_secs, 1..=MAX_SECONDS) },
     Rule { id: "rate_limit_tokens_per_second", allowed: "0, or a number from 0.001 to 1000000000", check: |c| rate(c.admission.rate_limit_tokens_per_second) },

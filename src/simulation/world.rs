@@ -110,6 +110,7 @@ impl World {
         let bell = rung.clone();
         let limits = admission::Settings {
             max_concurrent_requests: rules.slots,
+            fleet_max_concurrent_requests: 0,
             queue_size: rules.queue,
             queue_timeout_secs: 2,
             rate_limit_tokens_per_second: 0.0,

@@ -9,7 +9,7 @@
 //!   more     worker   density (1)   parent (6)   count   chunks (6 each)     one whose beginning was told before
 //!   ended    worker   density (1)   last chunk (6)   generated chunks
 //!   stored   worker   hash of the response's id (8)
-//!   slots    wanted
+//!   slots    held   wanted
 //! ```
 //!
 //! Numbers of which nothing else is said are varints (LEB128), what has a fixed size is little-endian. Whatever
@@ -17,6 +17,7 @@
 
 use crate::{
     routing::{CHUNK_BITS, Density, MAX_CHUNKS, STRIDE},
+    sync::Claim,
     workers::{BreakerState, Health, Load, Rest, Worker},
 };
 
@@ -125,8 +126,8 @@ pub(super) enum Record<'a> {
     Ended { worker: usize, density: Density, last: u64, generated: u32 },
     /// It has stored a response.
     Stored { worker: usize, response: u64 },
-    /// How many slots of the common limit the instance could use.
-    Slots(u32),
+    /// What the instance claims of the common limit.
+    Slots(Claim),
 }
 
 /// Chunks as they are written.
@@ -244,10 +245,11 @@ impl Writer {
     }
 
     /// The first record, so that it always fits.
-    pub(super) fn slots(&mut self, wanted: u32) {
+    pub(super) fn slots(&mut self, claim: Claim) {
         debug_assert!(self.is_empty(), "there may be no room any more");
         self.bytes.push(SLOTS);
-        self.number(wanted.into());
+        self.number(claim.held.into());
+        self.number(claim.wanted.into());
     }
 
     /// Begins a record of the worker at a position, with a key; false if there is no room.
@@ -356,7 +358,7 @@ impl<'a> Reader<'a> {
                 generated: self.small()?,
             },
             STORED => Record::Stored { worker: self.worker()?, response: u64::from_le_bytes(self.array()?) },
-            SLOTS => Record::Slots(self.small()?),
+            SLOTS => Record::Slots(Claim { held: self.small()?, wanted: self.small()? }),
             _ => return Err(Unreadable::Malformed),
         };
         Ok(Some(record))
@@ -468,7 +470,7 @@ mod tests {
     }
 
     /// Everything in a batch until its end or what cannot be read, and which it was.
-    fn read(mut reader: Reader<'_>) -> (Option<u32>, Vec<Said>, Result<(), Unreadable>) {
+    fn read(mut reader: Reader<'_>) -> (Option<Claim>, Vec<Said>, Result<(), Unreadable>) {
         let (mut workers, mut slots, mut all) = (Vec::new(), None, Vec::new());
         let at =
             |workers: &Vec<u64>, number: usize| workers.get(number).map_or(usize::MAX, |&key| key as usize);
@@ -477,7 +479,7 @@ mod tests {
                 Ok(None) => return (slots, all, Ok(())),
                 Err(unreadable) => return (slots, all, Err(unreadable)),
                 Ok(Some(Record::Worker(key))) => workers.push(key),
-                Ok(Some(Record::Slots(wanted))) => slots = Some(wanted),
+                Ok(Some(Record::Slots(claim))) => slots = Some(claim),
                 Ok(Some(Record::Load { worker, load, state, losses })) => {
                     all.push(Said::Load(at(&workers, worker), load, state.to_byte(), losses));
                 }
@@ -498,18 +500,19 @@ mod tests {
         #[test]
         fn what_is_written_reads_back_as_the_same(
             header in header(),
-            wanted in proptest::option::of(any::<u32>()),
+            claim in proptest::option::of(any::<(u32, u32)>()),
             records in vec(said(), 0..60),
         ) {
             let mut batch = Writer::new(header, 200);
             prop_assert!(batch.is_empty());
-            wanted.into_iter().for_each(|wanted| batch.slots(wanted));
+            let claim = claim.map(|(held, wanted)| Claim { held, wanted });
+            claim.into_iter().for_each(|claim| batch.slots(claim));
             records.iter().for_each(|said| assert!(write(&mut batch, said)));
-            prop_assert_eq!(batch.is_empty(), records.is_empty() && wanted.is_none());
+            prop_assert_eq!(batch.is_empty(), records.is_empty() && claim.is_none());
             let bytes = batch.finish();
             let (found, reader) = Reader::open(&bytes).unwrap();
             prop_assert_eq!(found, header);
-            prop_assert_eq!(read(reader), (wanted, records.clone(), Ok(())));
+            prop_assert_eq!(read(reader), (claim, records.clone(), Ok(())));
             // what is cut off somewhere says what it said up to there
             let cut = Reader::open(&bytes[..bytes.len() / 2]);
             if let Ok((found, reader)) = cut {
@@ -548,7 +551,7 @@ mod tests {
     #[test]
     fn the_encoding_is_what_others_read() {
         let mut batch = Writer::new(Header { farewell: true, begins_anew: true, ..HEADER }, 9);
-        batch.slots(5);
+        batch.slots(Claim { held: 5, wanted: 130 });
         let state = State { health: Health::Down, rest: Some(Rest::Paused), breaker: BreakerState::Open };
         let density = Density { quarter_bytes: 16, tail: 2 };
         let load = Load { in_flight: 2, queued_tokens: 128, decode_tokens: 3 };
@@ -558,7 +561,7 @@ mod tests {
         assert!(batch.ended((8, 0x0102), density, 2, 3) && batch.stored((8, 0x0102), 4));
         let expected = [
             &[1, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0xac, 2][..],
-            &[7, 5],
+            &[7, 5, 0x82, 1],
             &[1, 2, 1, 0, 0, 0, 0, 0, 0],
             &[2, 0, 2, 0x80, 1, 3, 2 | 2 << 2 | 1 << 4, 6],
             &[3, 0, 16 << 2 | 1, 1, 0xb2, 0xa1, 0, 0, 0, 0],
@@ -574,7 +577,7 @@ mod tests {
         let density = Density { quarter_bytes: 16, tail: 2 };
         let worst = Load { in_flight: u32::MAX, queued_tokens: u64::MAX, decode_tokens: u64::MAX };
         let mut batch = Writer::new(Header { instance: u64::MAX, sequence: u64::MAX, ..HEADER }, 1_000_000);
-        batch.slots(u32::MAX);
+        batch.slots(Claim { held: u32::MAX, wanted: u32::MAX });
         let state = State::of_byte(0);
         let loads = (0..).take_while(|&at| batch.load((at, u64::MAX), worst, state, u32::MAX)).count();
         assert!((200..400).contains(&loads), "{loads}");

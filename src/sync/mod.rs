@@ -23,7 +23,7 @@ mod thread;
 /// requests a second. With the chunks of 12,000 tokens each they take 4 MB.
 pub const EVENTS: usize = 16_384;
 
-pub use quota::Quota;
+pub use quota::{Claim, Quota};
 pub use replica::{HEARTBEAT_MS, PEER_MS, Parts, Replica};
 pub use settings::{Address, Server, Settings};
 pub use thread::{Handle, Parts as ThreadParts, instance, start};

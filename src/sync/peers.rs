@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::{
     base::Millis,
-    sync::{PEER_MS, codec::State, roster::Moved},
+    sync::{Claim, PEER_MS, codec::State, roster::Moved},
     workers::{Load, Worker},
 };
 
@@ -17,8 +17,8 @@ pub(super) struct Peer {
     heard_at: Millis,
     /// Of the batch that was heard last.
     sequence: u64,
-    /// Slots of the common limit that it could use; `None`: it never said.
-    wanted: Option<u32>,
+    /// What it claims of the common limit; `None`: it never said.
+    claim: Option<Claim>,
     /// By position in the fleet; shorter where it has said nothing of the rest.
     workers: Vec<Heard>,
 }
@@ -46,9 +46,9 @@ impl Peer {
         before.is_some_and(|before| losses.wrapping_sub(before).cast_signed() > 0)
     }
 
-    /// Takes over how many slots it could use; true if that is news.
-    pub(super) fn wants(&mut self, slots: u32) -> bool {
-        self.wanted.replace(slots) != Some(slots)
+    /// Takes over what it claims of the common limit.
+    pub(super) fn claims(&mut self, claim: Claim) {
+        self.claim = Some(claim);
     }
 
     fn at(&mut self, position: usize) -> &mut Heard {
@@ -150,10 +150,10 @@ impl Peers {
         !gone.is_empty()
     }
 
-    /// What the peers could use of the common limit, in any order.
-    pub(super) fn wanted(&self, wanted: &mut Vec<u32>) {
-        wanted.clear();
-        wanted.extend(self.by_instance.values().filter_map(|peer| peer.wanted));
+    /// What the peers claim of the common limit, by instance, in any order.
+    pub(super) fn claims(&self, claims: &mut Vec<(u64, Claim)>) {
+        claims.clear();
+        claims.extend(self.by_instance.iter().filter_map(|(&instance, peer)| Some((instance, peer.claim?))));
     }
 
     /// The workers are elsewhere now.

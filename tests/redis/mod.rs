@@ -1,6 +1,7 @@
 //! Proxies on a real redis-server.
 
 mod absent;
+mod limit;
 mod sharing;
 mod strange;
 

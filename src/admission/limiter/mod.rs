@@ -12,9 +12,10 @@
 
 use std::{
     fmt,
+    num::NonZero,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, AtomicU64, Ordering, fence},
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence},
     },
 };
 
@@ -180,8 +181,12 @@ pub struct Admission {
     /// Slots in use, and those who wait times [`ONE_WAITING`]. Grows by a slot only where nobody waits, or under the
     /// queue's mutex.
     state: OwnLine<AtomicU64>,
-    /// 0: there is no limit, and slots are not counted.
-    slots: u32,
+    /// Whether there is a limit; where there is none, slots are not counted.
+    limited: bool,
+    /// How many slots there are, if they are limited. Less than are in use where it was lowered.
+    slots: AtomicU32,
+    /// Who was refused for want of a slot.
+    refused: AtomicU64,
     queue: Mutex<Queue<Arc<Waiter>>>,
     queue_size: u32,
     bucket: Option<Bucket>,
@@ -193,7 +198,7 @@ pub struct Admission {
 impl fmt::Debug for Admission {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Admission")
-            .field("slots", &self.slots)
+            .field("slots", &self.slots())
             .field("in_use", &self.in_use())
             .field("waiting", &self.waiting())
             .finish_non_exhaustive()
@@ -256,17 +261,38 @@ impl Admission {
     /// [`Waiter::is_called`].
     pub fn new(settings: &Settings, ring: impl Fn(usize) + Send + Sync + 'static) -> Self {
         let rate = settings.rate_limit_tokens_per_second;
-        let slots = settings.max_concurrent_requests;
-        let burst = if slots > 0 { u64::from(slots) } else { rate.ceil() as u64 };
+        let own = settings.max_concurrent_requests;
+        let burst = if own > 0 { u64::from(own) } else { rate.ceil() as u64 };
+        let slots = settings.slots();
         Self {
             state: OwnLine(AtomicU64::new(0)),
-            slots,
+            limited: slots.is_some(),
+            slots: AtomicU32::new(slots.map_or(0, NonZero::get)),
+            refused: AtomicU64::new(0),
             queue: Mutex::new(Queue::new(settings.queue_size as usize)),
             queue_size: settings.queue_size,
             bucket: (rate > 0.0).then(|| Bucket::new(rate, burst)),
             waited_micros: AtomicU64::new(0),
             ring: Box::new(ring),
         }
+    }
+
+    /// How many slots there are; `None`: there is no limit.
+    pub fn slots(&self) -> Option<u32> {
+        self.limited.then(|| self.slots.load(Ordering::Relaxed))
+    }
+
+    /// Changes how many slots there are, where there is a limit. More: whoever waits for one is let in. Fewer, even
+    /// none: nobody is until enough of those who are in have ended.
+    pub fn set_slots(&self, slots: u32) {
+        // before the look who waits: who joins after that finds the new number
+        self.slots.store(slots, Ordering::SeqCst);
+        self.room_made();
+    }
+
+    /// How many were refused for want of a slot, since the start.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// Slots in use; 0 where they are not limited.
@@ -296,20 +322,19 @@ impl Admission {
     /// It would.
     pub fn foresee(&self) -> Result<(), Refused> {
         let state = self.state.0.load(Ordering::Relaxed);
-        let full = self.slots > 0
-            && state & IN_USE >= u64::from(self.slots)
+        let full = self.slots().is_some_and(|slots| state & IN_USE >= u64::from(slots))
             && state / ONE_WAITING >= u64::from(self.queue_size);
         if full { Err(self.refuse(Reason::QueueFull)) } else { Ok(()) }
     }
 
     /// A slot, if one is free and nobody waits.
     pub fn try_enter(&self) -> Option<Permit<'_>> {
-        if self.slots == 0 {
+        let Some(slots) = self.slots() else {
             let nobody_waits = self.state.0.load(Ordering::Relaxed) < ONE_WAITING;
             return nobody_waits.then(|| Permit(self));
-        }
+        };
         // whoever waits makes the word larger than any number of slots
-        self.add_slot(|state| state < u64::from(self.slots)).then(|| Permit(self))
+        self.add_slot(|state| state < u64::from(slots)).then(|| Permit(self))
     }
 
     /// Lets a newcomer in whom nobody who waits comes before, or makes it wait.
@@ -344,7 +369,7 @@ impl Admission {
         entry
     }
 
-    /// Room was made on a worker, or one has become usable: whoever waits for that is let in. Cheap while nobody waits.
+    /// Room was made on a worker, or one has become usable, or there are more slots: whoever waits for that is let in. Cheap while nobody waits.
     pub fn room_made(&self) {
         fence(Ordering::SeqCst);
         if self.state.0.load(Ordering::SeqCst) >= ONE_WAITING {
@@ -362,12 +387,15 @@ impl Admission {
 
     /// A refusal with an estimate of when there will be a place.
     pub fn refuse(&self, reason: Reason) -> Refused {
+        if reason == Reason::QueueFull {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
         Refused::after_micros(reason, self.waited_micros.load(Ordering::Relaxed))
     }
 
     /// What a newcomer does not get in for.
     fn why(&self, newcomer: &Newcomer, waited: bool) -> Reason {
-        let slots_full = self.slots > 0 && self.in_use() >= u64::from(self.slots);
+        let slots_full = self.slots().is_some_and(|slots| self.in_use() >= u64::from(slots));
         match (slots_full || newcomer.room.is_none(), waited) {
             (true, false) => Reason::QueueFull,
             (true, true) => Reason::QueueTimeout,
@@ -391,12 +419,12 @@ impl Admission {
 
     /// A slot and, if it needs that, room; under the queue's mutex.
     fn take(&self, newcomer: &Newcomer) -> Result<Option<InFlight>, Verdict> {
-        let slots = u64::from(self.slots);
-        if slots > 0 && !self.add_slot(|state| state & IN_USE < slots) {
+        let free = |slots| self.add_slot(|state| state & IN_USE < u64::from(slots));
+        if !self.slots().is_none_or(free) {
             return Err(Verdict::Enough);
         }
         newcomer.take_room().map_err(|Full| {
-            if slots > 0 {
+            if self.limited {
                 self.state.0.fetch_sub(1, Ordering::SeqCst);
             }
             Verdict::Passed
@@ -435,7 +463,7 @@ impl Admission {
 
     /// A slot is given back, to the first who waits and can use it.
     fn leave(&self) {
-        if self.slots == 0 {
+        if !self.limited {
             return;
         }
         let before = self.state.0.fetch_sub(1, Ordering::SeqCst);

@@ -130,6 +130,65 @@ fn who_goes_first_is_not_kept_out_by_a_full_queue() {
 }
 
 #[test]
+fn more_slots_let_in_who_waits_and_fewer_are_waited_for() {
+    let rung = Arc::new(Mutex::new(Vec::new()));
+    let ring = {
+        let rung = rung.clone();
+        move |shard| rung.lock().unwrap().push(shard)
+    };
+    let admission = Admission::new(&settings(&["--max-concurrent-requests=2"]), ring);
+    assert_eq!(admission.slots(), Some(2));
+    let mut inside: Vec<_> = (0..2).map(|_| admission.try_enter().unwrap()).collect();
+    let mut waiting: Vec<_> = (0..5).map(|_| waits(&admission, newcomer(0, &[]))).collect();
+    admission.set_slots(4);
+    assert_eq!((admission.in_use(), admission.waiting()), (4, 3));
+    assert_eq!(*rung.lock().unwrap(), [0], "their shard is told, once");
+    inside.extend(waiting.drain(..2).map(|mut waiting| waiting.admitted().expect("a new slot").permit));
+    admission.set_slots(3);
+    assert_eq!((admission.in_use(), admission.waiting()), (4, 3), "who is in stays");
+    inside.pop();
+    assert_eq!((admission.in_use(), admission.waiting()), (3, 3), "and is not followed by anybody");
+    inside.pop();
+    assert_eq!((admission.in_use(), admission.waiting()), (3, 2), "until there are fewer than slots");
+    admission.set_slots(0);
+    drop((inside, waiting.remove(0)));
+    assert_eq!((admission.in_use(), admission.waiting()), (0, 2));
+    assert!(admission.try_enter().is_none(), "none is not: no limit");
+    assert_eq!(waiting[0].overdue().reason, Reason::QueueTimeout);
+    admission.set_slots(9);
+    assert!(waiting.iter_mut().all(|waiting| waiting.admitted().is_some()));
+    assert!(admission.try_enter().is_some());
+}
+
+#[test]
+fn a_limit_of_all_proxies_is_one_of_this_proxy_at_first() {
+    let slots = |flags: &[&str]| Admission::new(&settings(flags), |_| {}).slots();
+    assert_eq!(slots(&[]), None);
+    assert_eq!(slots(&["--fleet-max-concurrent-requests=7"]), Some(7));
+    assert_eq!(slots(&["--fleet-max-concurrent-requests=7", "--max-concurrent-requests=8"]), Some(7));
+    assert_eq!(slots(&["--fleet-max-concurrent-requests=7", "--max-concurrent-requests=6"]), Some(6));
+    assert!(settings(&["--fleet-max-concurrent-requests=7"]).limits(false) && !settings(&[]).limits(false));
+    let unlimited = Admission::new(&settings(&[]), |_| {});
+    unlimited.set_slots(0);
+    assert!(unlimited.try_enter().is_some(), "where there is no limit, there comes none");
+}
+
+#[test]
+fn who_is_refused_for_want_of_a_slot_is_counted() {
+    let admission = admission(1, 1);
+    let _permit = admission.try_enter().unwrap();
+    let mut later = waits(&admission, newcomer(5, &[]));
+    assert_eq!((refused(&admission, newcomer(9, &[])), admission.refused()), (Reason::QueueFull, 1));
+    assert!(admission.foresee().is_err() && admission.refused() == 2);
+    let _urgent = waits(&admission, newcomer(-5, &[]));
+    assert!(later.called().is_some_and(|called| called.is_err()) && admission.refused() == 3);
+    assert!(
+        later.overdue().reason == Reason::QueueTimeout && admission.refused() == 3,
+        "it was one who waited"
+    );
+}
+
+#[test]
 fn the_rate_holds_and_its_burst_is_the_number_of_slots() {
     let taken = |flags: &[&str]| {
         let admission = Admission::new(&settings(flags), |_| {});

@@ -15,7 +15,7 @@ use crate::{
     base::Millis,
     routing::{Density, Event, Shared},
     sync::{
-        Quota,
+        Claim, Quota,
         ancestry::Ancestry,
         codec::{Chunks, Header, MOST_CHUNKS, Reader, Record, State, Unreadable, Writer},
         peers::{Peer, Peers},
@@ -97,7 +97,9 @@ pub struct Replica {
     chain: Vec<u64>,
     /// Of [`MOST_LINKS`] those that are left for the batch that is being read.
     links_left: usize,
-    wanted: Vec<u32>,
+    /// What was claimed of the common limit when that was read again last.
+    own_claim: Option<Claim>,
+    claims: Vec<(u64, Claim)>,
 }
 
 /// Whether others have been told that the stream has begun anew. Until that is read again in the stream, nothing
@@ -126,8 +128,8 @@ struct Tour {
     left: usize,
     /// By position in the fleet: what was told last; `None`: it is to be told.
     told: Vec<Option<Told>>,
-    /// What was told last of the slots that are wanted.
-    wanted: Option<u32>,
+    /// What was claimed last of the common limit.
+    claim: Option<Claim>,
 }
 
 /// What was told of a worker.
@@ -159,7 +161,8 @@ impl Replica {
             named: Vec::new(),
             chain: Vec::new(),
             links_left: MOST_LINKS,
-            wanted: Vec::new(),
+            own_claim: None,
+            claims: Vec::new(),
         }
     }
 
@@ -211,25 +214,28 @@ impl Replica {
         if header.instance == self.parts.instance {
             self.echoed(now, &header);
             self.read(now, reader, true, &mut None);
+            // what is claimed is this proxy's from here on, as far as others have left it in the stream up to here
+            self.settle(now);
             return;
         }
         count(&self.parts.figures.bytes_received, entry.len() as u64);
         let mut peer = self.peers.take(header.instance, header.sequence, now, age_ms);
-        let mut unsettled = self.read(now, reader, false, &mut peer);
+        self.read(now, reader, false, &mut peer);
         if let Some(peer) = peer {
             self.peers.put(header.instance, peer);
         }
         if header.farewell {
-            unsettled |= self.peers.remove(header.instance);
+            self.peers.remove(header.instance);
         }
-        self.publish(unsettled);
+        self.publish();
     }
 
     /// Forgets peers that are gone.
     pub fn expire(&mut self, now: Millis) {
         self.follow_fleet();
         self.peers.expire(now);
-        self.publish(true);
+        self.publish();
+        self.settle(now);
     }
 
     /// The stream was not there any more when the last batch was to be added: what was told before nobody can read.
@@ -278,20 +284,20 @@ impl Replica {
         self.tour.told = vec![None; moved.from.len()];
     }
 
-    /// Writes what has changed of workers' loads and of the slots that are wanted.
+    /// Writes what has changed of workers' loads and of what is claimed of the common limit.
     fn tour(&mut self, now: Millis, batch: &mut Writer) {
         let (workers, tour) = (self.roster.workers(), &mut self.tour);
         if tour.left == 0 && tour.begun_at != Some(now) {
             if tour.full_at.is_none_or(|at| now.saturating_sub(at) >= FULL_MS) {
                 tour.full_at = Some(now);
                 tour.told.fill(None);
-                tour.wanted = None;
+                tour.claim = None;
             }
             (tour.begun_at, tour.left) = (Some(now), workers.len());
-            let wanted = self.parts.quota.as_ref().map(|quota| quota.wanted());
-            if let Some(slots) = wanted.filter(|_| wanted != tour.wanted) {
+            let claim = self.parts.quota.as_ref().map(|quota| quota.claim());
+            if let Some(slots) = claim.filter(|_| claim != tour.claim) {
                 batch.slots(slots);
-                tour.wanted = wanted;
+                tour.claim = claim;
             }
         }
         while tour.left > 0 {
@@ -369,12 +375,11 @@ impl Replica {
     }
 
     /// Takes in the records of a batch, whose worth depends on whose they are: own ones only say what the others know
-    /// now, and of a peer that is not heard only prompts and responses count. True if it wants more or less of the
-    /// common limit than before.
-    fn read(&mut self, now: Millis, mut reader: Reader<'_>, own: bool, peer: &mut Option<Peer>) -> bool {
+    /// now, and of a peer that is not heard only prompts and responses count.
+    fn read(&mut self, now: Millis, mut reader: Reader<'_>, own: bool, peer: &mut Option<Peer>) {
         self.named.clear();
         self.links_left = MOST_LINKS;
-        let (mut unsettled, mut events) = (false, 0);
+        let mut events = 0;
         loop {
             let record = match reader.next() {
                 Ok(Some(record)) => record,
@@ -391,8 +396,11 @@ impl Replica {
                         self.hear(now, peer, position, (load, state, losses));
                     }
                 }
-                Record::Slots(wanted) => {
-                    unsettled |= peer.as_mut().is_some_and(|peer| peer.wants(wanted));
+                Record::Slots(claim) if own => self.own_claim = Some(claim),
+                Record::Slots(claim) => {
+                    if let Some(peer) = peer {
+                        peer.claims(claim);
+                    }
                 }
                 Record::Sent { worker, density, parent, chunks } => {
                     self.sent(self.position(worker).filter(|_| !own), density, parent, chunks);
@@ -414,7 +422,6 @@ impl Replica {
         if !own {
             count(&self.parts.figures.events_received, events);
         }
-        unsettled
     }
 
     /// Position in the fleet of a worker of the batch that is being read; `None`: it is not ours.
@@ -462,12 +469,19 @@ impl Replica {
     }
 
     /// Says what the peers make together, as far as that has changed.
-    fn publish(&mut self, unsettled: bool) {
+    fn publish(&mut self) {
         self.peers.tell(self.roster.workers());
         self.parts.figures.peers.store(self.peers.len() as u64, Relaxed);
-        if let Some(quota) = self.parts.quota.as_ref().filter(|_| unsettled) {
-            self.peers.wanted(&mut self.wanted);
-            quota.settle(quota.wanted(), &self.wanted);
+    }
+
+    /// Takes this proxy's part of the common limit.
+    fn settle(&mut self, now: Millis) {
+        let Some(quota) = &self.parts.quota else { return };
+        if self.parts.shared.journal.is_alone() {
+            quota.alone(now);
+        } else {
+            self.peers.claims(&mut self.claims);
+            quota.settle(now, (self.parts.instance, self.own_claim), &self.claims);
         }
     }
 

@@ -5,6 +5,7 @@ use proptest::{collection::vec, prelude::*};
 
 use super::*;
 use crate::{
+    admission::{self, Admission},
     routing::{Journal, MAX_CHUNKS, Prompt, Settings},
     sync::codec::MOST_BYTES,
     workers::{Demand, Fleet, InFlight, Rest, WorkerSpec},
@@ -597,20 +598,69 @@ fn a_fleet_that_changes_keeps_what_is_known_of_those_that_stay() {
 }
 
 #[test]
-fn peers_say_what_they_want_of_the_common_limit() {
-    let (mut a, mut wanted) = (Proxy::new(1, 1), Vec::new());
+fn peers_say_what_they_claim_of_the_common_limit() {
+    let (mut a, mut claims) = (Proxy::new(1, 1), Vec::new());
+    let claim = |held| Claim { held, wanted: 9 };
     let mut peers = [Puppet::new(2), Puppet::new(3), Puppet::new(4)];
-    for (peer, wants) in peers.iter_mut().zip([Some(7), Some(u32::MAX), None]) {
-        let batch = peer.says(|batch| wants.into_iter().for_each(|wants| batch.slots(wants)));
+    for (peer, held) in peers.iter_mut().zip([Some(7), Some(u32::MAX), None]) {
+        let batch = peer.says(|batch| held.into_iter().for_each(|held| batch.slots(claim(held))));
         a.replica.receive(0, 0, &batch);
     }
-    a.replica.peers.wanted(&mut wanted);
-    wanted.sort_unstable();
-    assert_eq!(wanted, [7, u32::MAX]);
-    a.replica.receive(2000, 0, &peers[0].says(|batch| batch.slots(8)));
+    a.replica.peers.claims(&mut claims);
+    claims.sort_unstable_by_key(|peer| peer.0);
+    assert_eq!(claims, [(2, claim(7)), (3, claim(u32::MAX))]);
+    a.replica.receive(2000, 0, &peers[0].says(|batch| batch.slots(claim(8))));
     a.replica.expire(PEER_MS + 1);
-    a.replica.peers.wanted(&mut wanted);
-    assert_eq!(wanted, [8]);
+    a.replica.peers.claims(&mut claims);
+    assert_eq!(claims, [(2, claim(8))]);
+}
+
+/// Gives it slots of a common limit of 100.
+fn with_slots(proxy: &mut Proxy) -> Arc<Admission> {
+    let settings = admission::Settings {
+        max_concurrent_requests: 0,
+        fleet_max_concurrent_requests: 100,
+        queue_size: 100,
+        queue_timeout_secs: 1,
+        rate_limit_tokens_per_second: 0.0,
+        queue_fairness_header: String::new(),
+        body_memory_bytes: 0,
+    };
+    let admission = Arc::new(Admission::new(&settings, |_| {}));
+    proxy.replica.parts.quota = Some(Arc::new(Quota::new(100, admission.clone())));
+    admission
+}
+
+#[test]
+fn a_common_limit_is_divided_by_what_is_told_and_kept_while_nothing_is_heard() {
+    let (mut a, mut b, mut stream) = (Proxy::new(1, 1), Proxy::new(2, 1), Vec::new());
+    let slots = [with_slots(&mut a), with_slots(&mut b)];
+    let parts = || [0, 1].map(|at: usize| slots[at].slots().unwrap());
+    assert_eq!(parts(), [100, 100], "nobody has heard of anybody");
+    let mut now = 0;
+    let mut rounds = |a: &mut Proxy, b: &mut Proxy, count: u64| {
+        for _ in 0..count {
+            now += 50;
+            exchange(now, &mut stream, &mut [a, b]);
+            a.replica.expire(now);
+            b.replica.expire(now);
+        }
+    };
+    rounds(&mut a, &mut b, 5);
+    assert_eq!(parts(), [50, 50]);
+    let running: Vec<_> = (0..50).map(|_| slots[0].try_enter().expect("a slot")).collect();
+    rounds(&mut a, &mut b, 5);
+    assert_eq!(parts(), [75, 25], "what nobody wants is for both");
+    // Redis is gone for both, and with it the peer
+    for proxy in [&a, &b] {
+        proxy.shared.journal.set_alone(true);
+    }
+    for silent in (0..2 * PEER_MS).step_by(250) {
+        a.replica.expire(10_000 + silent);
+        b.replica.expire(10_000 + silent);
+    }
+    assert_eq!((figure(&a.figures.peers), parts()), (0, [75, 25]));
+    drop(running);
 }
 
 #[test]

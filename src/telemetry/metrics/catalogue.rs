@@ -247,8 +247,14 @@ pub const CATALOGUE: &[Row] = &[
         values: Values::One(|scrape| told(&scrape.metrics.queue_depth)),
     },
     Row {
+        name: "vllm_proxy_slots",
+        help: "Requests that may be served at a time now: --max-concurrent-requests, or this proxy's part of --fleet-max-concurrent-requests; 0 without a limit",
+        kind: Kind::Gauge,
+        values: Values::One(|scrape| told(&scrape.metrics.slots)),
+    },
+    Row {
         name: "vllm_proxy_slots_in_use",
-        help: "Requests that hold one of --max-concurrent-requests now",
+        help: "Requests that hold one of these slots now",
         kind: Kind::Gauge,
         values: Values::One(|scrape| told(&scrape.metrics.slots_in_use)),
     },

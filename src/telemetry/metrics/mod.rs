@@ -80,6 +80,8 @@ pub struct Metrics {
     dropped_lines: OnceLock<Reader>,
     /// Requests that wait to be let in.
     queue_depth: OnceLock<Reader>,
+    /// Slots that there are.
+    slots: OnceLock<Reader>,
     /// Slots in use.
     slots_in_use: OnceLock<Reader>,
     /// Bytes of request bodies in memory.
@@ -186,6 +188,7 @@ impl Metrics {
             open_files: OnceLock::new(),
             shortages: Shortages::default(),
             queue_depth: OnceLock::new(),
+            slots: OnceLock::new(),
             slots_in_use: OnceLock::new(),
             body_bytes: OnceLock::new(),
             sync: OnceLock::new(),
@@ -241,13 +244,15 @@ impl Metrics {
         self.sum(|shard| shard.connections_open())
     }
 
-    /// Says once how the number of requests that wait to be let in is read, and that of those who hold a slot.
+    /// Says once how the number of requests that wait to be let in is read, that of slots, and that of those in use.
     pub fn set_admission(
         &self,
         waiting: impl Fn() -> u64 + Send + Sync + 'static,
+        slots: impl Fn() -> u64 + Send + Sync + 'static,
         in_use: impl Fn() -> u64 + Send + Sync + 'static,
     ) {
         self.queue_depth.get_or_init(|| Box::new(waiting));
+        self.slots.get_or_init(|| Box::new(slots));
         self.slots_in_use.get_or_init(|| Box::new(in_use));
     }
 
@@ -459,7 +464,7 @@ mod tests {
         let metrics = metrics();
         metrics.set_io_backend("epoll");
         metrics.set_dropped_lines(|| 7);
-        metrics.set_admission(|| 8, || 9);
+        metrics.set_admission(|| 8, || 12, || 9);
         metrics.set_body_bytes(|| 10);
         metrics.shard(1).queued(30_000);
         let text = metrics
@@ -504,6 +509,7 @@ mod tests {
         assert_eq!(value(&text, "vllm_proxy_io_backend{backend=\"io_uring\"}"), "0");
         assert_eq!(value(&text, "vllm_proxy_dropped_log_lines_total"), "7");
         assert_eq!(value(&text, "vllm_proxy_queue_depth"), "8");
+        assert_eq!(value(&text, "vllm_proxy_slots"), "12");
         assert_eq!(value(&text, "vllm_proxy_slots_in_use"), "9");
         assert_eq!(value(&text, "vllm_proxy_body_memory_bytes"), "10");
         assert_eq!(value(&text, "vllm_proxy_queue_wait_seconds_sum"), "0.03");
