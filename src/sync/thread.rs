@@ -75,8 +75,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Blocks until the tail of the stream was read, Redis turned out not to be usable, or [`WARM`] is over since the
-    /// start.
+    /// Blocks until the tail of the stream was read, Redis turned out not to be usable, or two seconds are over since
+    /// the start.
     pub fn wait_ready(&self) {
         let waited = Duration::from_millis(self.clock.millis().saturating_sub(self.started));
         // an error either way: nothing is ever sent
