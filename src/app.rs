@@ -55,6 +55,8 @@ pub struct Faults {
     pub on_request: Option<fn(&str)>,
     /// Called on a shard with every tick, outside of any connection: a panic ends the shard.
     pub on_tick: Option<fn()>,
+    /// Called on the sync thread before every batch.
+    pub on_sync: Option<fn()>,
     /// Called on a shard before every connect to a worker, which fails as it says.
     pub on_connect: Option<ConnectFault>,
 }
@@ -111,7 +113,7 @@ pub fn start_with(config: Config, faults: Faults) -> anyhow::Result<Running> {
     .context("cannot start the control thread")?;
     let (entrance, mut bells) = entrance(&config, count)?;
     // both at once: probes, and what other proxies know
-    let (routing, sync) = share(&config, clock, &fleet, &metrics, entrance.as_ref())?;
+    let (routing, sync) = share(&config, clock, &fleet, &metrics, entrance.as_ref(), faults.on_sync)?;
     control.wait_ready();
     if let Some(sync) = &sync {
         sync.wait_ready();
@@ -408,6 +410,7 @@ fn share(
     fleet: &FleetHandle,
     metrics: &Metrics,
     entrance: Option<&Arc<Admission>>,
+    fault: Option<fn()>,
 ) -> anyhow::Result<(routing::Shared, Option<sync::Handle>)> {
     let workers = fleet.load().workers.len();
     if matches!(config.sync.redis, sync::Server::None) {
@@ -430,7 +433,7 @@ fn share(
         figures,
         stream_bytes: config.sync.redis_stream_bytes,
     };
-    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica };
+    let parts = sync::ThreadParts { clock, settings: config.sync.clone(), replica, fault };
     let thread = sync::start(parts).context("cannot start the sync thread")?;
     Ok((shared, thread))
 }

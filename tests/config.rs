@@ -138,6 +138,9 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("--body-memory-bytes", "9223372036854775808", "a whole number of bytes from 0 to 2^63 - 1"),
         ("--capacity-running-weight", "-1", "a number from 0 to 1000"),
         ("--capacity-waiting-weight", "inf", "a number from 0 to 1000"),
+        ("--sync-interval-ms", "4", "a whole number of milliseconds from 5 to 1000"),
+        ("--sync-interval-ms", "1001", "a whole number of milliseconds from 5 to 1000"),
+        ("--redis-stream-bytes", "65535", "a whole number of bytes from 65536 to 2^40"),
     ] {
         let line = refused(&[], &["demo", flag, value]);
         assert!(line.starts_with(&format!("{flag}={value}: must be {allowed}")), "{line}");

@@ -201,11 +201,11 @@ impl Link {
         entries(accepted(read)?).ok_or_else(Trouble::nonsense)
     }
 
-    /// Adds the last batch of all, and waits only shortly for an answer.
-    pub(super) fn farewell(mut self, batch: Vec<u8>, entries: u64) -> Result<(), Trouble> {
+    /// Adds the last batches of all, and waits only shortly for an answer.
+    pub(super) fn farewell(mut self, batches: &[Vec<u8>], entries: u64) -> Result<(), Trouble> {
         self.connection.set_write_timeout(Some(FAREWELL / 2))?;
         self.connection.set_read_timeout(Some(FAREWELL / 2))?;
-        self.add(&[batch], entries, false).map(drop)
+        self.add(batches, entries, false).map(drop)
     }
 
     /// Sends commands and takes their answers; the first that does not come is the last that is waited for.

@@ -59,6 +59,8 @@ pub struct Parts {
     pub settings: Settings,
     /// What is told and heard.
     pub replica: replica::Parts,
+    /// A fault that a test puts in before every batch.
+    pub fault: Option<fn()>,
 }
 
 /// The running thread. Dropping it tells the thread to stop, without waiting.
@@ -73,8 +75,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Blocks until the tail of the stream was read, Redis turned out not to be usable, or [`WARM`] is over since the
-    /// start.
+    /// Blocks until the tail of the stream was read, Redis turned out not to be usable, or two seconds are over since
+    /// the start.
     pub fn wait_ready(&self) {
         let waited = Duration::from_millis(self.clock.millis().saturating_sub(self.started));
         // an error either way: nothing is ever sent
@@ -141,6 +143,7 @@ struct Exchange {
     /// Dropped when there is nothing to wait for any more.
     warm: Option<mpsc::Sender<Infallible>>,
     orders: mpsc::Receiver<Infallible>,
+    fault: Option<fn()>,
 }
 
 impl fmt::Debug for Exchange {
@@ -156,7 +159,7 @@ impl Exchange {
         warm: mpsc::Sender<Infallible>,
         orders: mpsc::Receiver<Infallible>,
     ) -> Self {
-        let Parts { clock, settings, replica: parts } = parts;
+        let Parts { clock, settings, replica: parts, fault } = parts;
         let standing = Standing::new(settings.redis.is_expected(), clock.millis());
         parts.shared.journal.set_alone(standing.is_alone());
         Self {
@@ -175,6 +178,7 @@ impl Exchange {
             sent: None,
             warm: Some(warm),
             orders,
+            fault,
         }
     }
 
@@ -182,7 +186,7 @@ impl Exchange {
         while !self.is_over() {
             let rounds = catch_unwind(AssertUnwindSafe(|| {
                 self.pause();
-                self.rounds()
+                if self.is_over() { Ok(()) } else { self.rounds() }
             }));
             let reason = match rounds {
                 Ok(Ok(())) => break,
@@ -191,9 +195,10 @@ impl Exchange {
             };
             self.failed(&reason);
         }
-        let (entries, link) = (self.replica.stream_entries(), self.link.take());
-        if let Some(link) = link {
-            let said = link.farewell(self.replica.farewell(), entries);
+        if let Some(link) = self.link.take() {
+            let mut last = self.batches(self.clock.millis());
+            last.push(self.replica.farewell());
+            let said = link.farewell(&last, self.replica.stream_entries());
             if let Err(Trouble(reason)) = said {
                 tracing::debug!(reason, "Redis does not take our farewell");
             }
@@ -234,6 +239,9 @@ impl Exchange {
         let now = self.clock.millis();
         // after a delay the interval begins anew: nobody has to be told twice as much
         self.next = (self.next + self.interval_ms).clamp(now + 1, now + self.interval_ms);
+        if let Some(fault) = self.fault {
+            fault();
+        }
         let batches = self.batches(now);
         let micros = self.clock.micros();
         let entries = self.replica.stream_entries();

@@ -47,6 +47,16 @@ variants! {
         lost_and_found(v, redis(), |redis| redis.stop(), |redis| redis.cont());
     }
 
+    fn a_redis_that_hangs_keeps_nobody_from_the_start(v: Variant) {
+        let (redis, workers) = (redis(), workers(1));
+        redis.stop();
+        let proxy = on(v, &redis.url(), &workers).start();
+        serves(&proxy);
+        assert!(!is_up(&proxy), "it still hangs");
+        redis.cont();
+        eventually("it is used", || is_up(&proxy));
+    }
+
     fn a_redis_that_restarts_without_its_data_is_used_again(v: Variant) {
         lost_and_found(v, redis(), Redis::kill, Redis::start);
     }

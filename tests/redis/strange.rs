@@ -10,8 +10,8 @@ use std::{
     thread,
 };
 
-use crate::redis::{PROMPTS, figure, is_up, known_again, on, together};
-use crate::support::{NEWS, eventually, redis, variants, worker};
+use crate::redis::{PROMPTS, figure, is_up, known_again, of_others, on, peers, together};
+use crate::support::{Gate, Io, NEWS, Variant, client, eventually, redis, variants, worker};
 
 variants! {
     fn what_others_have_added_to_the_stream_is_skipped(v: Variant) {
@@ -45,6 +45,46 @@ variants! {
         assert!([&first, &second].iter().all(|proxy| is_up(proxy) && figure(proxy, "losses") == 0.0));
     }
 
+    /// A copy takes over whose clock is behind: what is added there is older than what was read last.
+    fn a_stream_that_goes_back_in_time_is_read_from_its_beginning(v: Variant) {
+        let redis = redis();
+        let workers: Vec<_> = (0..3).map(|_| worker().start()).collect();
+        let [first, second] = together(v, &redis, &workers);
+        redis.ask::<()>(&["XADD", NEWS, "99999999999999-0", "x", "from the future"]);
+        let read = |proxy| figure(proxy, "skipped_batches_total{reason=\"malformed\"}") == 1.0;
+        eventually("both have read it", || read(&first) && read(&second));
+        let mut client = redis.client_of("");
+        redis::pipe()
+            .atomic()
+            .cmd("DEL").arg(NEWS)
+            .cmd("XADD").arg(&[NEWS, "1-1", "x", "from the past"])
+            .exec(&mut client)
+            .unwrap();
+        for proxy in [&first, &second] {
+            eventually("it reads on", || {
+                figure(proxy, "skipped_batches_total{reason=\"malformed\"}") == 2.0 && peers(proxy) == 1
+            });
+        }
+        assert_eq!(known_again(&first, &second, &workers, &PROMPTS[..4]), 4);
+    }
+
+    fn the_stream_is_cut(v: Variant) {
+        let redis = redis();
+        let worker = [worker().start()];
+        let proxy = on(v, &redis.url(), &worker).arg("--redis-stream-bytes", "65536").start();
+        eventually("it is used", || is_up(&proxy));
+        let mut junk = redis::pipe();
+        for _ in 0..5000 {
+            junk.cmd("XADD").arg(&[NEWS, "*", "x", "junk"]);
+        }
+        junk.exec(&mut redis.client_of("")).unwrap();
+        // Redis cuts by whole nodes, of 100 entries each
+        eventually("it is short again", || match redis.ask::<u32>(&["XLEN", NEWS]) {
+            ..=1200 => Ok(()),
+            length => Err(length),
+        });
+    }
+
     /// A port that was mistyped, or somebody who is not who he says.
     fn what_answers_and_is_no_redis_is_not_used(v: Variant) {
         let worker = [worker().start()];
@@ -68,6 +108,29 @@ variants! {
             assert!(!is_up(&proxy), "{}", answer.escape_ascii());
         }
     }
+}
+
+/// A fault of ours: the third batch panics, and the tenth.
+#[test]
+fn a_panic_of_the_sync_thread_costs_what_it_knew_of_others_and_no_request() {
+    static BATCHES: AtomicUsize = AtomicUsize::new(0);
+    let v = Variant { io: Io::Epoll, shards: 2 };
+    let (redis, gate) = (redis(), Gate::new());
+    let workers = [worker().holds(&gate).start()];
+    let [peer] = together(v, &redis, &workers);
+    let mut client = peer.client();
+    client.send(client::post("/v1/chat/completions", client::chat("m")));
+    eventually("it has arrived", || gate.waiting() == 1);
+    let panics = || assert!(![3, 10].contains(&BATCHES.fetch_add(1, Ordering::SeqCst)), "on purpose");
+    let proxy = on(v, &redis.url(), &workers).sync_fault(panics).start();
+    eventually("it has happened twice", || BATCHES.load(Ordering::SeqCst) > 11);
+    eventually("it is over", || is_up(&proxy) && figure(&proxy, "losses") == 2.0);
+    eventually("it hears its peer", || peers(&proxy) == 1 && of_others(&proxy, &workers) == [1]);
+    eventually("and is heard as one", || peers(&peer) == 1);
+    gate.open();
+    client.response().expect(200);
+    eventually("nothing is left over", || of_others(&proxy, &workers) == [0]);
+    proxy.client().chat("m").expect(200);
 }
 
 /// Something that says the same to everybody, and hangs up.

@@ -98,6 +98,12 @@ impl Builder {
         self
     }
 
+    /// Calls `fault` on the sync thread before every batch.
+    pub(crate) fn sync_fault(mut self, fault: fn()) -> Self {
+        self.faults.on_sync = Some(fault);
+        self
+    }
+
     /// The command line, program name first.
     pub(crate) fn command_line(&self) -> Vec<String> {
         let mut line = vec!["vllm-proxy".to_owned()];

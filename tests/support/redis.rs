@@ -1,6 +1,7 @@
 //! A real redis-server of a test's own.
 
 use std::{
+    cell::Cell,
     fs,
     net::{Ipv4Addr, TcpListener},
     path::PathBuf,
@@ -20,6 +21,8 @@ pub(crate) struct Redis {
     folder: PathBuf,
     arguments: Vec<String>,
     port: u16,
+    /// Somebody may know the port already.
+    told: Cell<bool>,
     child: Option<Child>,
 }
 
@@ -42,17 +45,36 @@ pub(crate) fn absent_redis(arguments: &[&str]) -> Redis {
     let folder = std::env::temp_dir().join(format!("vllm-proxy-redis-{}-{count}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-    // The port is below those that the kernel deals out, so that nobody gets it while the server restarts; whoever
-    // has it already keeps it, and another is taken.
-    let port = || 10_000 + (std::process::id() + 97 * COUNT.fetch_add(1, Ordering::Relaxed)) as u16 % 20_000;
+    Redis { folder, arguments, port: free_port(), told: Cell::new(false), child: None }
+}
+
+/// A port below those that the kernel deals out, so that nobody gets it while the server restarts.
+fn free_port() -> u16 {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let port = || {
+        10_000 + (std::process::id().wrapping_add(97 * COUNT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16
+    };
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    let port = std::iter::repeat_with(port).take(1000).find(free).expect("a free port");
-    Redis { folder, arguments, port, child: None }
+    std::iter::repeat_with(port).take(1000).find(free).expect("a free port")
 }
 
 impl Redis {
     /// Starts it (again), at the same address; returns when it answers.
     pub(crate) fn start(&mut self) {
+        self.spawn();
+        eventually("the redis-server answers", || {
+            let ended = self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some());
+            if ended {
+                // somebody else has the port
+                assert!(!self.told.get(), "{}", fs::read_to_string(self.folder.join("log")).unwrap());
+                self.port = free_port();
+                self.spawn();
+            }
+            self.answers()
+        });
+    }
+
+    fn spawn(&mut self) {
         let socket = self.socket();
         let child = Command::new("redis-server")
             .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
@@ -65,14 +87,17 @@ impl Redis {
             .spawn()
             .expect("redis-server can be started; tests/run installs it");
         self.child = Some(child);
-        // a password may be wanted: an answer is enough
-        let talks = || match redis::Client::open(self.url()).unwrap().get_connection() {
+    }
+
+    /// Whether it is there; a password may be wanted: any answer is enough.
+    fn answers(&self) -> bool {
+        let url = format!("unix://{}", self.socket().display());
+        match redis::Client::open(url).unwrap().get_connection() {
             Ok(mut connection) => {
                 !redis::cmd("PING").query::<String>(&mut connection).is_err_and(|error| error.is_io_error())
             }
             Err(error) => !error.is_io_error(),
-        };
-        eventually("the redis-server answers", talks);
+        }
     }
 
     /// Ends it at once.
@@ -104,11 +129,13 @@ impl Redis {
 
     /// Its URL.
     pub(crate) fn url(&self) -> String {
+        self.told.set(true);
         format!("redis://127.0.0.1:{}", self.port)
     }
 
     /// Its URL, of this user (`user:password`) and database.
     pub(crate) fn url_of(&self, user: &str, database: u32) -> String {
+        self.told.set(true);
         format!("redis://{user}@127.0.0.1:{}/{database}", self.port)
     }
 
