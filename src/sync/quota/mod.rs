@@ -14,8 +14,8 @@
 //! So together no more than the limit run at any time, however long the stream takes to whom, as long as nobody is taken
 //! for gone who is not. What can exceed it:
 //!
-//! - A proxy that has begun to listen and was not heard yet takes what those that it has heard leave it: for about
-//!   two intervals, several that begin in the same moment may take the same.
+//! - A proxy that hears of nobody has the whole limit, which is of concern only until it has read the stream to its end.
+//!   As soon as it hears of others it has nothing until its own claim is back.
 //! - A proxy that Redis does not reach keeps the part that it had. The others take it for gone after `PEER_MS` and divide
 //!   its slots; when it is back, nobody starts what would exceed the limit. If Redis is gone for all, all keep their
 //!   parts, and nobody takes those of who is not back as soon as itself for gone. A proxy that has never reached Redis has the whole limit.
@@ -137,12 +137,14 @@ impl Quota {
         }
         let grows = now >= state.grows_from;
         let before = std::mem::replace(&mut state.heard, heard.map(|claim| claim.held));
+        let claimed = fair.min(free).min(state.told).min(state.heard.unwrap_or(0));
         let part = match heard {
-            // Others do not know what this one takes, so it is content with what they leave.
-            None => state.part.min(fair).min(free),
-            Some(claim) if before.is_none() => state.part.min(fair).min(claim.held).min(free),
+            // Others do not know what this one takes.
+            None if peers.is_empty() => state.part,
+            None => 0,
+            Some(_) if before.is_none() => state.part.min(claimed),
             Some(_) if fair < state.part => fair,
-            Some(claim) if grows => state.part.max(fair.min(claim.held).min(state.told).min(free)),
+            Some(_) if grows => state.part.max(claimed),
             Some(_) => state.part,
         };
         if part != state.part {
