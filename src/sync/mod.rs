@@ -8,8 +8,12 @@
 //! figures that need no history; which prompts were sent where; who has stored a response. Redis may lose any of
 //! it at any time: loads are told anew with every heartbeat, prompts when they come again.
 
+mod ancestry;
+mod codec;
+mod peers;
 mod quota;
 mod replica;
+mod roster;
 mod settings;
 
 pub use quota::Quota;

@@ -1,0 +1,500 @@
+//! One proxy's part in the exchange of news, as values.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use crossbeam_channel::Receiver;
+
+use crate::{
+    base::Millis,
+    routing::{Density, Event, Shared},
+    sync::{
+        Quota,
+        ancestry::Ancestry,
+        codec::{Chunks, Header, MOST_CHUNKS, Reader, Record, State, Unreadable, Writer},
+        peers::{Peer, Peers},
+        roster::Roster,
+    },
+    telemetry::metrics::SyncFigures,
+    workers::{BreakerState, FleetHandle, Health, Load, StoredResponses, Worker},
+};
+
+/// A proxy that has nothing to tell says so this often, in milliseconds.
+pub const HEARTBEAT_MS: u64 = 500;
+
+/// A peer that was not heard for so long is gone, and its load with it, in milliseconds.
+pub const PEER_MS: u64 = 2500;
+
+/// All loads are told anew so often, changed or not, in milliseconds: who has missed some has them again.
+const FULL_MS: u64 = 1000;
+
+/// A worker whose breaker a peer has opened is preferred less for so long, in milliseconds.
+const SET_BACK_MS: u64 = 1000;
+
+/// What Redis needs for an entry of a stream beside what is in it, in bytes, about.
+const ENTRY_OVERHEAD: u64 = 100;
+
+/// What an entry is taken for until some were seen, in bytes.
+const ENTRY_BYTES: f64 = 1024.0;
+
+/// Entries that their mean size is taken of, about.
+const MEAN_OF: f64 = 256.0;
+
+/// Own batches at most of which is known when they were composed, until they are read again.
+const MOST_UNDER_WAY: usize = 64;
+
+/// What a [`Replica`] is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Any number that no other proxy has.
+    pub instance: u64,
+    /// What shards write into the journal of `shared`.
+    pub events: Receiver<Event>,
+    /// What prompts are known by; what peers sent goes there.
+    pub shared: Shared,
+    /// The workers.
+    pub fleet: FleetHandle,
+    /// Who has stored which response.
+    pub stored: Arc<StoredResponses>,
+    /// This proxy's part of a limit that all share; `None`: there is none.
+    pub quota: Option<Arc<Quota>>,
+    /// What is counted.
+    pub figures: Arc<SyncFigures>,
+    /// What the stream may take in Redis, in bytes, about.
+    pub stream_bytes: u64,
+}
+
+/// What one proxy tells, and what it makes of what the others tell. Pure: time is an argument.
+pub struct Replica {
+    parts: Parts,
+    roster: Roster,
+    peers: Peers,
+    ancestry: Ancestry,
+    /// Number of the next batch.
+    sequence: u64,
+    /// When the last batch was composed.
+    composed_at: Option<Millis>,
+    /// Number of own batches and when they were composed, ascending.
+    under_way: VecDeque<(u64, Millis)>,
+    anew: Anew,
+    tour: Tour,
+    /// What did not fit into the last batch.
+    left_over: Option<Event>,
+    /// Mean size of entries in Redis, in bytes.
+    entry_bytes: f64,
+    /// Position in the fleet of the workers of the batch that is being read; `None`: not ours.
+    named: Vec<Option<usize>>,
+    chain: Vec<u64>,
+    wanted: Vec<u32>,
+}
+
+/// Whether others have been told that the stream has begun anew. Until that is read again in the stream, nothing
+/// that was told is taken for known: it may have been told before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Anew {
+    /// There is nothing to be told.
+    Settled,
+    /// The next batch says it.
+    Due,
+    /// The batch with this number has said it.
+    Told(u64),
+}
+
+/// The look at all workers' loads. One that finds more than fits into a batch goes on with the next one.
+#[derive(Debug, Default)]
+struct Tour {
+    /// When the last one began. Within a millisecond there is no second one, so that composing comes to an end.
+    begun_at: Option<Millis>,
+    /// When the last one began in which everything is told.
+    full_at: Option<Millis>,
+    /// Position of the worker that is looked at next; the next tour begins where this one ends, so that all get
+    /// their turn.
+    next: usize,
+    /// Workers that this one has not looked at.
+    left: usize,
+    /// By position in the fleet: what was told last; `None`: it is to be told.
+    told: Vec<Option<Told>>,
+    /// What was told last of the slots that are wanted.
+    wanted: Option<u32>,
+}
+
+/// What was told of a worker.
+type Told = (Load, State, u32);
+
+impl fmt::Debug for Replica {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shape = f.debug_struct("Replica");
+        shape.field("instance", &self.parts.instance).field("peers", &self.peers.len());
+        shape.finish_non_exhaustive()
+    }
+}
+
+impl Replica {
+    /// Nothing was told yet, and nothing heard.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            roster: Roster::default(),
+            peers: Peers::default(),
+            ancestry: Ancestry::default(),
+            sequence: 1,
+            composed_at: None,
+            under_way: VecDeque::with_capacity(MOST_UNDER_WAY),
+            anew: Anew::Settled,
+            tour: Tour::default(),
+            left_over: None,
+            entry_bytes: ENTRY_BYTES,
+            named: Vec::new(),
+            chain: Vec::new(),
+            wanted: Vec::new(),
+        }
+    }
+
+    /// The next batch to be added to the stream. `None`: there is nothing new, and something was told less than
+    /// [`HEARTBEAT_MS`] ago. To be called until then: what does not fit into one batch is in the next.
+    ///
+    /// Loads are looked at once per millisecond at most.
+    pub fn compose(&mut self, now: Millis) -> Option<Vec<u8>> {
+        self.follow_fleet();
+        let header = self.header(false);
+        let mut batch = Writer::new(header, self.roster.workers().len());
+        self.tour(now, &mut batch);
+        let events = self.write_events(&mut batch);
+        let silent = self.composed_at.is_none_or(|at| now.saturating_sub(at) >= HEARTBEAT_MS);
+        if batch.is_empty() && !silent && !header.begins_anew {
+            return None;
+        }
+        if header.begins_anew {
+            self.anew = Anew::Told(header.sequence);
+        }
+        self.sequence += 1;
+        self.composed_at = Some(now);
+        if self.under_way.len() == MOST_UNDER_WAY {
+            self.under_way.pop_front();
+        }
+        self.under_way.push_back((header.sequence, now));
+        let batch = batch.finish();
+        count(&self.parts.figures.bytes_sent, batch.len() as u64);
+        count(&self.parts.figures.events_sent, events);
+        Some(batch)
+    }
+
+    /// Takes in an entry of the stream, one after the other, own ones included. `age_ms`: how long ago it was added, as
+    /// far as is known: of what is older than a peer's life only prompts count. What cannot be read is counted and
+    /// skipped.
+    pub fn receive(&mut self, now: Millis, age_ms: u64, entry: &[u8]) {
+        self.follow_fleet();
+        let bytes = entry.len() as u64 + ENTRY_OVERHEAD;
+        self.ancestry.advance(bytes);
+        self.entry_bytes += (bytes as f64 - self.entry_bytes) / MEAN_OF;
+        let (header, reader) = match Reader::open(entry) {
+            Ok(opened) => opened,
+            Err(unreadable) => return self.skipped(unreadable),
+        };
+        // every reader does so at the same place of the stream
+        if header.begins_anew {
+            self.ancestry.clear();
+        }
+        if header.instance == self.parts.instance {
+            self.echoed(now, &header);
+            self.read(now, reader, true, &mut None);
+            return;
+        }
+        count(&self.parts.figures.bytes_received, entry.len() as u64);
+        let mut peer = self.peers.take(header.instance, header.sequence, now, age_ms);
+        let mut unsettled = self.read(now, reader, false, &mut peer);
+        if let Some(peer) = peer {
+            self.peers.put(header.instance, peer);
+        }
+        if header.farewell {
+            unsettled |= self.peers.remove(header.instance);
+        }
+        self.publish(unsettled);
+    }
+
+    /// Forgets peers that are gone.
+    pub fn expire(&mut self, now: Millis) {
+        self.follow_fleet();
+        self.peers.expire(now);
+        self.publish(true);
+    }
+
+    /// The stream was not there any more when the last batch was to be added: what was told before nobody can read.
+    pub fn begin_anew(&mut self) {
+        self.anew = Anew::Due;
+        // also loads, to whoever begins to read now
+        self.tour.full_at = None;
+    }
+
+    /// The last words: peers need not wait until this proxy's load expires.
+    pub fn farewell(&mut self) -> Vec<u8> {
+        let batch = Writer::new(self.header(true), 0).finish();
+        self.sequence += 1;
+        count(&self.parts.figures.bytes_sent, batch.len() as u64);
+        batch
+    }
+
+    /// Entries that the stream may have so that it does not take more than [`Parts::stream_bytes`].
+    pub fn stream_entries(&self) -> u64 {
+        let entries = self.parts.stream_bytes as f64 / self.entry_bytes.max(1.0);
+        (entries as u64).clamp(1000, 1_000_000)
+    }
+
+    /// Bytes of the stream that everybody can be expected to have read, whenever they began: half of what is kept, so
+    /// that nothing depends on how well the other half is estimated.
+    fn known_bytes(&self) -> u64 {
+        let kept = (self.stream_entries() as f64 * self.entry_bytes) as u64;
+        kept.min(self.parts.stream_bytes) / 2
+    }
+
+    fn header(&self, farewell: bool) -> Header {
+        Header {
+            begins_anew: self.anew == Anew::Due,
+            farewell,
+            instance: self.parts.instance,
+            sequence: self.sequence,
+        }
+    }
+
+    fn follow_fleet(&mut self) {
+        let Some(moved) = self.roster.follow(&self.parts.fleet) else { return };
+        moved.left.iter().for_each(|worker| worker.set_peers_load(Load::default()));
+        self.peers.moved(&moved);
+        self.peers.tell(self.roster.workers());
+        (self.tour.next, self.tour.left) = (0, 0);
+        self.tour.told = vec![None; moved.from.len()];
+    }
+
+    /// Writes what has changed of workers' loads and of the slots that are wanted.
+    fn tour(&mut self, now: Millis, batch: &mut Writer) {
+        let (workers, tour) = (self.roster.workers(), &mut self.tour);
+        if tour.left == 0 && tour.begun_at != Some(now) {
+            if tour.full_at.is_none_or(|at| now.saturating_sub(at) >= FULL_MS) {
+                tour.full_at = Some(now);
+                tour.told.fill(None);
+                tour.wanted = None;
+            }
+            (tour.begun_at, tour.left) = (Some(now), workers.len());
+            let wanted = self.parts.quota.as_ref().map(|quota| quota.wanted());
+            if let Some(slots) = wanted.filter(|_| wanted != tour.wanted) {
+                batch.slots(slots);
+                tour.wanted = wanted;
+            }
+        }
+        while tour.left > 0 {
+            let position = tour.next % workers.len().max(1);
+            if let (Some(worker), Some(told)) = (workers.get(position), tour.told.get_mut(position)) {
+                let (load, state) = (worker.own_load(), State::of(worker));
+                let losses = self.roster.own_losses(position);
+                if *told != Some((load, state, losses)) {
+                    if !batch.load((position, worker.key()), load, state, losses) {
+                        return;
+                    }
+                    *told = Some((load, state, losses));
+                }
+            }
+            tour.next = position + 1;
+            tour.left -= 1;
+        }
+    }
+
+    /// Writes events until there are no more or the batch is full; returns how many.
+    fn write_events(&mut self, batch: &mut Writer) -> u64 {
+        let mut written = 0;
+        while let Some(event) = self.left_over.take().or_else(|| self.parts.events.try_recv().ok()) {
+            if !self.write_event(batch, &event) {
+                self.left_over = Some(event);
+                break;
+            }
+            written += 1;
+        }
+        written
+    }
+
+    /// Writes an event unless it does not fit. What concerns a worker that is gone is dropped.
+    fn write_event(&self, batch: &mut Writer, event: &Event) -> bool {
+        let (Event::Sent { worker, .. } | Event::Ended { worker, .. } | Event::Stored { worker, .. }) = event;
+        let position = self.roster.by_id(*worker);
+        let Some((position, worker)) = position.and_then(|at| Some((at, self.roster.worker(at)?))) else {
+            return true;
+        };
+        let at = (position, worker.key());
+        match event {
+            Event::Sent { density, chunks, .. } => {
+                let told = match self.anew {
+                    Anew::Settled => self.ancestry.told(chunks, self.known_bytes()),
+                    Anew::Due | Anew::Told(_) => 0,
+                };
+                let (known, new) = chunks.split_at_checked(told).unwrap_or((&[], chunks));
+                batch.sent(at, *density, known.last().copied(), new)
+            }
+            Event::Ended { density, last, generated, .. } => batch.ended(at, *density, *last, *generated),
+            Event::Stored { response, .. } => batch.stored(at, *response),
+        }
+    }
+
+    /// One of our own batches was read again.
+    fn echoed(&mut self, now: Millis, header: &Header) {
+        while let Some(&(sequence, composed_at)) = self.under_way.front() {
+            if sequence > header.sequence {
+                break;
+            }
+            self.under_way.pop_front();
+            if sequence == header.sequence {
+                let lag = now.saturating_sub(composed_at).saturating_mul(1000);
+                self.parts.figures.lag_micros.store(lag, Relaxed);
+            }
+        }
+        if let Anew::Told(told) = self.anew {
+            self.anew = match header.sequence {
+                sequence if sequence < told => self.anew,
+                sequence if sequence == told => Anew::Settled,
+                // that batch was lost
+                _ => Anew::Due,
+            };
+        }
+    }
+
+    /// Takes in the records of a batch, whose worth depends on whose they are: own ones only say what the others know
+    /// now, and of a peer that is not heard only prompts and responses count. True if it wants more or less of the
+    /// common limit than before.
+    fn read(&mut self, now: Millis, mut reader: Reader<'_>, own: bool, peer: &mut Option<Peer>) -> bool {
+        self.named.clear();
+        let (mut unsettled, mut events) = (false, 0);
+        loop {
+            let record = match reader.next() {
+                Ok(Some(record)) => record,
+                Ok(None) => break,
+                Err(unreadable) => {
+                    self.skipped(unreadable);
+                    break;
+                }
+            };
+            match record {
+                Record::Worker(key) => self.named.push(self.roster.by_key(key)),
+                Record::Load { worker, load, state, losses } => {
+                    if let (Some(position), Some(peer)) = (self.position(worker), peer.as_mut()) {
+                        self.hear(now, peer, position, (load, state, losses));
+                    }
+                }
+                Record::Slots(wanted) => {
+                    unsettled |= peer.as_mut().is_some_and(|peer| peer.wants(wanted));
+                }
+                Record::Sent { worker, density, parent, chunks } => {
+                    self.sent(self.position(worker).filter(|_| !own), density, parent, chunks);
+                    events += 1;
+                }
+                Record::Ended { worker, density, last, generated } => {
+                    self.ended(self.position(worker).filter(|_| !own), density, last, generated);
+                    events += 1;
+                }
+                Record::Stored { worker, response } => {
+                    let worker = self.position(worker).and_then(|position| self.roster.worker(position));
+                    if let Some(worker) = worker.filter(|_| !own) {
+                        self.parts.stored.put(response, worker.id());
+                    }
+                    events += 1;
+                }
+            }
+        }
+        if !own {
+            count(&self.parts.figures.events_received, events);
+        }
+        unsettled
+    }
+
+    /// Position in the fleet of a worker of the batch that is being read; `None`: it is not ours.
+    fn position(&self, number: usize) -> Option<usize> {
+        self.named.get(number).copied().flatten()
+    }
+
+    /// A peer tells of a worker.
+    fn hear(&mut self, now: Millis, peer: &mut Peer, position: usize, (load, state, losses): Told) {
+        self.peers.set_load(peer, position, load);
+        let before = peer.thinks(position, state);
+        if let Some(worker) = self.roster.worker(position) {
+            advise(worker, before, state, now);
+        }
+        if peer.counts_losses(self.roster.server_of(position), losses) {
+            self.roster.lost_elsewhere(position);
+        }
+    }
+
+    /// A prompt was sent to the worker at `position`; `None`: by ourselves, or it is none of ours.
+    fn sent(&mut self, position: Option<usize>, density: Density, parent: Option<u64>, chunks: Chunks<'_>) {
+        let mut before = parent.unwrap_or(0);
+        for chunk in chunks.iter() {
+            self.ancestry.put(chunk, before);
+            before = chunk;
+        }
+        let Some(worker) = position.and_then(|position| self.roster.worker(position)) else { return };
+        self.chain.clear();
+        let most = MOST_CHUNKS.saturating_sub(chunks.iter().len());
+        // without its beginning nobody could find it
+        if parent.is_none_or(|parent| self.ancestry.chain(parent, most, &mut self.chain)) {
+            self.chain.extend(chunks.iter());
+            self.parts.shared.heard_sent(worker, density, &self.chain);
+        }
+    }
+
+    /// The request of a prompt has ended on the worker at `position`.
+    fn ended(&mut self, position: Option<usize>, density: Density, last: u64, generated: u32) {
+        let Some(worker) = position.and_then(|position| self.roster.worker(position)) else { return };
+        self.chain.clear();
+        // also of what is not known, the generated text lies there
+        self.ancestry.chain(last, MOST_CHUNKS, &mut self.chain);
+        self.parts.shared.heard_ended(worker, density, &self.chain, generated);
+    }
+
+    /// Says what the peers make together, as far as that has changed.
+    fn publish(&mut self, unsettled: bool) {
+        self.peers.tell(self.roster.workers());
+        self.parts.figures.peers.store(self.peers.len() as u64, Relaxed);
+        if let Some(quota) = self.parts.quota.as_ref().filter(|_| unsettled) {
+            self.peers.wanted(&mut self.wanted);
+            quota.settle(quota.wanted(), &self.wanted);
+        }
+    }
+
+    fn skipped(&self, unreadable: Unreadable) {
+        let figures = &self.parts.figures;
+        count(
+            match unreadable {
+                Unreadable::Version => &figures.skipped_version,
+                Unreadable::Malformed => &figures.skipped_malformed,
+            },
+            1,
+        );
+    }
+}
+
+fn count(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Relaxed);
+}
+
+/// What a peer says of a worker is no verdict: where it newly thinks worse of it than we do, we look ourselves.
+fn advise(worker: &Worker, before: Option<State>, says: State, now: Millis) {
+    let fell = says.health == Health::Down
+        && before.is_none_or(|before| before.health != Health::Down)
+        && worker.health() != Health::Down;
+    let rests = says.rest.is_some()
+        && before.is_none_or(|before| before.rest != says.rest)
+        && worker.rest() != says.rest;
+    let opened = says.breaker == BreakerState::Open
+        && before.is_none_or(|before| before.breaker != BreakerState::Open);
+    if opened {
+        worker.set_back(now.saturating_add(SET_BACK_MS));
+    }
+    if fell || rests || opened {
+        worker.doubt();
+    }
+}
+
+#[cfg(test)]
+mod tests;
