@@ -158,7 +158,7 @@ impl Plan<'_> {
             let mut sums: Vec<Vec<(Measures, Traffic)>> = vec![Vec::new(); jobs.len()];
             let mut requests = 0;
             for seed in self.seeds {
-                let workload = scenario.workload.load(self.trace, scenario.workers, *seed)?;
+                let workload = scenario.workload.load(self.trace, scenario.workers, *seed)?.in_whole_chunks();
                 self.complete(rates, &workload, &[scenario], *seed, progress)?;
                 progress(&format!("{}, seed {seed}", scenario.title()));
                 let done = in_parallel(self.threads, &jobs, |(contender, setup)| {
