@@ -9,6 +9,8 @@
 //! later holds those of them that were told since: what was told recently enough ([`Ancestry::told`]) everybody
 //! knows.
 
+use crate::{routing::CHUNK_BITS, sync::codec::MOST_CHUNKS};
+
 /// Links of a bucket, the latest told first; a line of memory.
 const WAYS: usize = 4;
 
@@ -21,7 +23,7 @@ const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Bytes of the stream that a position is counted in. They go round after a terabyte.
 const GRAIN: u64 = 256;
 
-const CHUNK_MASK: u64 = (1 << crate::routing::CHUNK_BITS) - 1;
+const CHUNK_MASK: u64 = (1 << CHUNK_BITS) - 1;
 
 /// A chunk and the one before it (0: there is none), and in what is left of the words where in the stream that was
 /// told: 16 bits each. All 0: no link; no chunk is 0.
@@ -112,23 +114,22 @@ impl Ancestry {
         told.count()
     }
 
-    /// The prompt that ends with `last`, from its first chunk; it is added to `chain`, which is left as it was
-    /// where a part of the prompt is unknown, or it has more than `most` chunks. True if it was found.
-    pub(super) fn chain(&self, last: u64, most: usize, chain: &mut Vec<u64>) -> bool {
-        let begun = chain.len();
+    /// The prompt that ends with `last`, from its first chunk; it is put into `chain`, which is empty and stays so
+    /// where a part of the prompt is unknown, it has more than [`MOST_CHUNKS`], or more links would have to be
+    /// followed than are `left`. True if it was found.
+    pub(super) fn chain(&self, last: u64, left: &mut usize, chain: &mut Vec<u64>) -> bool {
+        debug_assert!(chain.is_empty(), "a prompt begins with its first chunk");
         let mut next = last & CHUNK_MASK;
-        for _ in 0..most {
-            let Some(link) = self.find(next) else { break };
+        while let Some(link) = self.find(next).filter(|_| *left > 0 && chain.len() < MOST_CHUNKS) {
+            *left -= 1;
             chain.push(next);
             if link.parent == 0 {
-                if let Some(found) = chain.get_mut(begun..) {
-                    found.reverse();
-                }
+                chain.reverse();
                 return true;
             }
             next = link.parent;
         }
-        chain.truncate(begun);
+        chain.clear();
         false
     }
 
@@ -142,11 +143,11 @@ impl Ancestry {
         (self.position_bytes / GRAIN) as u32
     }
 
-    /// Every link in its place, without where it was told.
+    /// Every link, from bucket to bucket and in the order of a bucket, without where it was told.
     #[cfg(test)]
     pub(super) fn links(&self) -> Vec<(u64, u64)> {
-        let links = self.buckets.iter().flatten().map(|link| Link::unpack(*link));
-        links.map(|link| (link.chunk, link.parent)).collect()
+        let links = self.buckets.iter().flatten().filter(|link| **link != [0; 2]);
+        links.map(|link| Link::unpack(*link)).map(|link| (link.chunk, link.parent)).collect()
     }
 }
 

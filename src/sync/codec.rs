@@ -40,6 +40,9 @@ const MOST_TOKENS: u64 = 1 << 40;
 
 const CHUNK: usize = CHUNK_BITS as usize / 8;
 
+const _: () =
+    assert!(CHUNK == 6 && STRIDE <= 4 && Density::MOST_QUARTERS < 64, "the encoding has room for so much");
+
 /// Bytes of a varint at most.
 const VARINT: usize = 10;
 
@@ -147,7 +150,7 @@ fn chunk_of(bytes: [u8; CHUNK]) -> u64 {
 
 fn density_byte(density: Density) -> u8 {
     let quarters = density.quarter_bytes.clamp(1, Density::MOST_QUARTERS);
-    quarters << 2 | density.tail.clamp(1, STRIDE as u8) - 1
+    (quarters << 2) | (density.tail.clamp(1, STRIDE as u8) - 1)
 }
 
 fn density_of(byte: u8) -> Density {
@@ -168,8 +171,9 @@ pub(super) struct Writer {
 impl Writer {
     /// One that tells of workers at positions below `workers`.
     pub(super) fn new(header: Header, workers: usize) -> Self {
-        let mut bytes = vec![VERSION];
-        bytes.push(u8::from(header.begins_anew) * BEGINS_ANEW | u8::from(header.farewell) * FAREWELL);
+        let begins_anew = if header.begins_anew { BEGINS_ANEW } else { 0 };
+        let farewell = if header.farewell { FAREWELL } else { 0 };
+        let mut bytes = vec![VERSION, begins_anew | farewell];
         bytes.extend(header.instance.to_le_bytes());
         let mut writer = Self { bytes, begun: 0, numbers: vec![0; workers], named: 0 };
         writer.number(header.sequence);
@@ -402,5 +406,201 @@ impl<'a> Reader<'a> {
         let (array, rest) = self.rest.split_first_chunk().ok_or(Unreadable::Malformed)?;
         self.rest = rest;
         Ok(*array)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    /// A record that owns what it says; of the worker at a position, whose key is that as well.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    enum Said {
+        Load(usize, Load, u8, u32),
+        Sent(usize, Density, Option<u64>, Vec<u64>),
+        Ended(usize, Density, u64, u32),
+        Stored(usize, u64),
+    }
+
+    fn said() -> impl Strategy<Value = Said> {
+        let chunk = || 1..1_u64 << CHUNK_BITS;
+        let worker = || 0..200_usize;
+        let density = || (1..=Density::MOST_QUARTERS, 1..=STRIDE as u8);
+        let density = move || density().prop_map(|(quarter_bytes, tail)| Density { quarter_bytes, tail });
+        let load = (0..=MOST_REQUESTS as u32, 0..=MOST_TOKENS, 0..=MOST_TOKENS).prop_map(
+            |(in_flight, queued_tokens, decode_tokens)| Load { in_flight, queued_tokens, decode_tokens },
+        );
+        prop_oneof![
+            (worker(), load, 0..64_u8, any::<u32>()).prop_map(|(at, load, state, losses)| {
+                Said::Load(at, load, State::of_byte(state).to_byte(), losses)
+            }),
+            (worker(), density(), proptest::option::of(chunk()), vec(chunk(), 0..40))
+                .prop_map(|(at, density, parent, chunks)| Said::Sent(at, density, parent, chunks)),
+            (worker(), density(), chunk(), any::<u32>())
+                .prop_map(|(at, density, last, generated)| Said::Ended(at, density, last, generated)),
+            (worker(), any::<u64>()).prop_map(|(at, response)| Said::Stored(at, response)),
+        ]
+    }
+
+    fn header() -> impl Strategy<Value = Header> {
+        any::<(bool, bool, u64, u64)>().prop_map(|(begins_anew, farewell, instance, sequence)| Header {
+            begins_anew,
+            farewell,
+            instance,
+            sequence,
+        })
+    }
+
+    fn write(batch: &mut Writer, said: &Said) -> bool {
+        let at = |position: &usize| (*position, *position as u64);
+        match said {
+            Said::Load(worker, load, state, losses) => {
+                batch.load(at(worker), *load, State::of_byte(*state), *losses)
+            }
+            Said::Sent(worker, density, parent, chunks) => batch.sent(at(worker), *density, *parent, chunks),
+            Said::Ended(worker, density, last, generated) => {
+                batch.ended(at(worker), *density, *last, *generated)
+            }
+            Said::Stored(worker, response) => batch.stored(at(worker), *response),
+        }
+    }
+
+    /// Everything in a batch until its end or what cannot be read, and which it was.
+    fn read(mut reader: Reader<'_>) -> (Option<u32>, Vec<Said>, Result<(), Unreadable>) {
+        let (mut workers, mut slots, mut all) = (Vec::new(), None, Vec::new());
+        let at =
+            |workers: &Vec<u64>, number: usize| workers.get(number).map_or(usize::MAX, |&key| key as usize);
+        loop {
+            match reader.next() {
+                Ok(None) => return (slots, all, Ok(())),
+                Err(unreadable) => return (slots, all, Err(unreadable)),
+                Ok(Some(Record::Worker(key))) => workers.push(key),
+                Ok(Some(Record::Slots(wanted))) => slots = Some(wanted),
+                Ok(Some(Record::Load { worker, load, state, losses })) => {
+                    all.push(Said::Load(at(&workers, worker), load, state.to_byte(), losses));
+                }
+                Ok(Some(Record::Sent { worker, density, parent, chunks })) => {
+                    all.push(Said::Sent(at(&workers, worker), density, parent, chunks.iter().collect()));
+                }
+                Ok(Some(Record::Ended { worker, density, last, generated })) => {
+                    all.push(Said::Ended(at(&workers, worker), density, last, generated));
+                }
+                Ok(Some(Record::Stored { worker, response })) => {
+                    all.push(Said::Stored(at(&workers, worker), response));
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back_as_the_same(
+            header in header(),
+            wanted in proptest::option::of(any::<u32>()),
+            records in vec(said(), 0..60),
+        ) {
+            let mut batch = Writer::new(header, 200);
+            prop_assert!(batch.is_empty());
+            wanted.into_iter().for_each(|wanted| batch.slots(wanted));
+            records.iter().for_each(|said| assert!(write(&mut batch, said)));
+            prop_assert_eq!(batch.is_empty(), records.is_empty() && wanted.is_none());
+            let bytes = batch.finish();
+            let (found, reader) = Reader::open(&bytes).unwrap();
+            prop_assert_eq!(found, header);
+            prop_assert_eq!(read(reader), (wanted, records.clone(), Ok(())));
+            // what is cut off somewhere says what it said up to there
+            let cut = Reader::open(&bytes[..bytes.len() / 2]);
+            if let Ok((found, reader)) = cut {
+                prop_assert_eq!(found, header);
+                prop_assert_eq!(&read(reader).1[..], &records[..read(reader).1.len()]);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_to_an_end_and_say_nothing_absurd(bytes in vec(any::<u8>(), 0..300)) {
+            let bytes = [&[VERSION, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9][..], &bytes].concat();
+            let (_, all, _) = read(Reader::open(&bytes).unwrap().1);
+            for said in all {
+                let harmless = match said {
+                    Said::Load(_, load, state, _) => {
+                        u64::from(load.in_flight) <= MOST_REQUESTS
+                            && load.queued_tokens.max(load.decode_tokens) <= MOST_TOKENS
+                            && state < 64
+                    }
+                    Said::Sent(_, density, parent, chunks) => {
+                        density.quarter_bytes >= 1
+                            && parent != Some(0)
+                            && chunks.len() <= bytes.len() / CHUNK
+                            && chunks.iter().all(|&chunk| chunk > 0 && chunk >> CHUNK_BITS == 0)
+                    }
+                    Said::Ended(_, density, last, _) => density.tail <= STRIDE as u8 && last > 0,
+                    Said::Stored(..) => true,
+                };
+                prop_assert!(harmless);
+            }
+        }
+    }
+
+    const HEADER: Header = Header { begins_anew: false, farewell: false, instance: 7, sequence: 300 };
+
+    #[test]
+    fn the_encoding_is_what_others_read() {
+        let mut batch = Writer::new(Header { farewell: true, begins_anew: true, ..HEADER }, 9);
+        batch.slots(5);
+        let state = State { health: Health::Down, rest: Some(Rest::Paused), breaker: BreakerState::Open };
+        let density = Density { quarter_bytes: 16, tail: 2 };
+        let load = Load { in_flight: 2, queued_tokens: 128, decode_tokens: 3 };
+        assert!(batch.load((8, 0x0102), load, state, 6));
+        assert!(batch.sent((8, 0x0102), density, None, &[0xa1b2]));
+        assert!(batch.sent((8, 0x0102), density, Some(1), &[]));
+        assert!(batch.ended((8, 0x0102), density, 2, 3) && batch.stored((8, 0x0102), 4));
+        let expected = [
+            &[1, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0xac, 2][..],
+            &[7, 5],
+            &[1, 2, 1, 0, 0, 0, 0, 0, 0],
+            &[2, 0, 2, 0x80, 1, 3, 2 | 2 << 2 | 1 << 4, 6],
+            &[3, 0, 16 << 2 | 1, 1, 0xb2, 0xa1, 0, 0, 0, 0],
+            &[4, 0, 16 << 2 | 1, 1, 0, 0, 0, 0, 0, 0],
+            &[5, 0, 16 << 2 | 1, 2, 0, 0, 0, 0, 0, 3],
+            &[6, 0, 4, 0, 0, 0, 0, 0, 0, 0],
+        ];
+        assert_eq!(batch.finish(), expected.concat());
+    }
+
+    #[test]
+    fn a_batch_has_an_end_and_the_longest_prompt_fits_beside_loads() {
+        let density = Density { quarter_bytes: 16, tail: 2 };
+        let worst = Load { in_flight: u32::MAX, queued_tokens: u64::MAX, decode_tokens: u64::MAX };
+        let mut batch = Writer::new(Header { instance: u64::MAX, sequence: u64::MAX, ..HEADER }, 1_000_000);
+        batch.slots(u32::MAX);
+        let state = State::of_byte(0);
+        let loads = (0..).take_while(|&at| batch.load((at, u64::MAX), worst, state, u32::MAX)).count();
+        assert!((200..400).contains(&loads), "{loads}");
+        let longest = vec![u64::MAX; MOST_CHUNKS + 5];
+        assert!(batch.sent((999_999, 1), density, Some(u64::MAX), &longest));
+        let ended = (0..).take_while(|&at| batch.ended((at, 1), density, u64::MAX, u32::MAX)).count();
+        assert!((50..400).contains(&ended), "{ended}");
+        let bytes = batch.finish();
+        assert!(bytes.len() <= MOST_BYTES);
+        let (_, all, end) = read(Reader::open(&bytes).unwrap().1);
+        assert_eq!((all.len(), end), (loads + 1 + ended, Ok(())));
+        let Said::Sent(_, density, _, chunks) = &all[loads] else { panic!("{:?}", all[loads]) };
+        assert_eq!((density.tail, chunks.len()), (STRIDE as u8, MOST_CHUNKS), "its beginning, whole");
+    }
+
+    #[test]
+    fn numbers_that_are_too_long_are_none() {
+        let read = |bytes: &[u8]| Reader { rest: bytes }.number();
+        assert_eq!(read(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1]), Ok(u64::MAX));
+        for odd in [
+            &[0xff; 10][..],
+            &[0x80; 11],
+            &[0xff; 3],
+            &[0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 2],
+        ] {
+            assert_eq!(read(odd), Err(Unreadable::Malformed), "{odd:?}");
+        }
     }
 }

@@ -49,6 +49,10 @@ const MEAN_OF: f64 = 256.0;
 /// Own batches at most of which is known when they were composed, until they are read again.
 const MOST_UNDER_WAY: usize = 64;
 
+/// Links that are followed for the prompts of one batch at most: those of ten thousand ordinary ones. A batch that
+/// names the longest prompt again and again costs no more.
+const MOST_LINKS: usize = 1 << 18;
+
 /// What a [`Replica`] is made of.
 #[derive(Debug)]
 pub struct Parts {
@@ -91,6 +95,8 @@ pub struct Replica {
     /// Position in the fleet of the workers of the batch that is being read; `None`: not ours.
     named: Vec<Option<usize>>,
     chain: Vec<u64>,
+    /// Of [`MOST_LINKS`] those that are left for the batch that is being read.
+    links_left: usize,
     wanted: Vec<u32>,
 }
 
@@ -152,6 +158,7 @@ impl Replica {
             entry_bytes: ENTRY_BYTES,
             named: Vec::new(),
             chain: Vec::new(),
+            links_left: MOST_LINKS,
             wanted: Vec::new(),
         }
     }
@@ -366,6 +373,7 @@ impl Replica {
     /// common limit than before.
     fn read(&mut self, now: Millis, mut reader: Reader<'_>, own: bool, peer: &mut Option<Peer>) -> bool {
         self.named.clear();
+        self.links_left = MOST_LINKS;
         let (mut unsettled, mut events) = (false, 0);
         loop {
             let record = match reader.next() {
@@ -435,11 +443,12 @@ impl Replica {
         }
         let Some(worker) = position.and_then(|position| self.roster.worker(position)) else { return };
         self.chain.clear();
-        let most = MOST_CHUNKS.saturating_sub(chunks.iter().len());
+        let (chain, left) = (&mut self.chain, &mut self.links_left);
         // without its beginning nobody could find it
-        if parent.is_none_or(|parent| self.ancestry.chain(parent, most, &mut self.chain)) {
-            self.chain.extend(chunks.iter());
-            self.parts.shared.heard_sent(worker, density, &self.chain);
+        if parent.is_none_or(|parent| self.ancestry.chain(parent, left, chain)) {
+            chain.extend(chunks.iter());
+            chain.truncate(MOST_CHUNKS);
+            self.parts.shared.heard_sent(worker, density, chain);
         }
     }
 
@@ -448,7 +457,7 @@ impl Replica {
         let Some(worker) = position.and_then(|position| self.roster.worker(position)) else { return };
         self.chain.clear();
         // also of what is not known, the generated text lies there
-        self.ancestry.chain(last, MOST_CHUNKS, &mut self.chain);
+        self.ancestry.chain(last, &mut self.links_left, &mut self.chain);
         self.parts.shared.heard_ended(worker, density, &self.chain, generated);
     }
 
