@@ -9,6 +9,7 @@ use crate::{
     cache::BlockCache,
     chance::Chance,
     engine::Engine,
+    proxies::Traffic,
     workload::{Request, Workload},
 };
 
@@ -30,6 +31,21 @@ pub(crate) trait Chooser {
     /// What the workers' metrics say now.
     fn scraped(&mut self, engines: &[Engine<'_>]) {
         let _ = engines;
+    }
+
+    /// When [`Chooser::go_on`] is to be called next, in seconds; infinity: never.
+    fn due(&self) -> f64 {
+        f64::INFINITY
+    }
+
+    /// Does what is due now besides.
+    fn go_on(&mut self, now: f64, engines: &[Engine<'_>]) {
+        let _ = (now, engines);
+    }
+
+    /// What proxies told each other so far.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
     }
 
     /// A worker was seen to lose its cache.

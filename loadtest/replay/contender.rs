@@ -6,6 +6,7 @@ use crate::{
     chance::Chance,
     chooser::{Chooser, InTurn, Mirror, Oracle, Random, Reference},
     fleet::{Driven, Told},
+    proxies::Setup,
     workload::Workload,
 };
 
@@ -88,7 +89,7 @@ impl Contender {
         }
     }
 
-    /// Makes one for a run.
+    /// Makes one for a run. Who is no policy of the crate is one, whatever the `setup`.
     ///
     /// # Errors
     /// The proxy refuses `flags`.
@@ -98,11 +99,12 @@ impl Contender {
         workload: &'a Workload,
         workers: usize,
         told: Told,
+        setup: Setup,
         seed: u64,
     ) -> anyhow::Result<Box<dyn Chooser + 'a>> {
         let chance = Chance::new(seed ^ 0x5eed);
         Ok(match self {
-            Self::Policy(row) => Box::new(Driven::new(row, flags, workload, workers, told, chance)?),
+            Self::Policy(row) => Box::new(Driven::new(row, flags, workload, workers, told, setup, chance)?),
             Self::Oracle(weight) => Box::new(Oracle { weight: *weight, chance }),
             Self::Reference(mirror) => Box::new(Reference::new(
                 workload,

@@ -1,12 +1,12 @@
 //! Drives a policy of the crate as a shard does: the same fleet, candidates, load counters and outcomes, with
-//! virtual time.
+//! virtual time. Several proxies know of each other what they tell, and what the workers' metrics show.
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use vllm_proxy::{
     config::Config,
-    routing::{Candidates, Definition, Outcome, Policy, RouteInput, Shared, Terms, Tried, Usage},
+    routing::{Candidates, Definition, Journal, Outcome, Policy, RouteInput, Shared, Terms, Tried, Usage},
     workers::{EngineStats, Fleet, Health, InFlight, ModelSettings, Registry},
 };
 
@@ -14,6 +14,8 @@ use crate::{
     chance::{Chance, hash},
     chooser::Chooser,
     engine::Engine,
+    proxies::{Exchange, JOURNAL_EVENTS, Member, Setup, Sharing, Traffic},
+    run::SCRAPE_S,
     workload::Workload,
 };
 
@@ -29,17 +31,42 @@ pub(crate) struct Told {
     pub(crate) cached: bool,
 }
 
-/// A policy of the crate with all that it needs.
+/// A policy of the crate in one or several proxies, with all that they need.
 pub(crate) struct Driven<'a> {
     workload: &'a Workload,
-    policy: Box<dyn Policy>,
-    fleet: Arc<Fleet>,
+    proxies: Vec<Proxy>,
+    exchange: Option<Exchange>,
     told: Told,
     serving: Vec<usize>,
     scratch: Vec<usize>,
-    /// By request, of those that run.
-    in_flight: Vec<Option<InFlight>>,
+    /// By request, of those that run: its proxy, and what it asks there.
+    in_flight: Vec<Option<(usize, InFlight)>>,
+    /// Whom a request comes to.
+    spray: Chance,
+}
+
+/// One proxy, with its own picture of the workers.
+struct Proxy {
+    policy: Box<dyn Policy>,
+    fleet: Arc<Fleet>,
     chance: Chance,
+    /// By worker: requests on it that no proxy was known to have sent when its metrics were read last.
+    surplus: Vec<u32>,
+    /// When it reads the workers' metrics next, in seconds; infinity: when the run says so.
+    scrape: f64,
+}
+
+impl Proxy {
+    fn scraped(&mut self, told: Told, engines: &[Engine<'_>]) {
+        for ((worker, engine), surplus) in self.fleet.workers.iter().zip(engines).zip(&mut self.surplus) {
+            let stats = stats(told, Some(engine));
+            let there = stats.running.unwrap_or(0).saturating_add(stats.waiting.unwrap_or(0));
+            let unknown = there.saturating_sub(worker.known_in_flight());
+            // as the control thread does it (`control::figures`)
+            let before = std::mem::replace(surplus, unknown);
+            worker.engine().set(&stats, unknown.min(before));
+        }
+    }
 }
 
 impl<'a> Driven<'a> {
@@ -53,27 +80,50 @@ impl<'a> Driven<'a> {
         workload: &'a Workload,
         workers: usize,
         told: Told,
+        setup: Setup,
         chance: Chance,
     ) -> anyhow::Result<Self> {
         let flags = ["--policy", row.name].into_iter().map(str::to_owned).chain(flags.iter().cloned());
         let settings = Config::from_flags(flags).context("the flags for the proxy")?.routing;
-        let shared = Shared::new(settings, workers);
-        let urls: Result<Vec<_>, _> = (0..workers).map(|at| format!("http://w{at}:1").parse()).collect();
-        let fleet = Registry::new(urls?, ModelSettings::default()).handle().load_full();
-        let stats = stats(told, None);
-        for worker in &fleet.workers {
-            worker.set_health(Health::Up);
-            worker.engine().set(&stats, 0);
+        let mut spray = Chance::new(chance.clone().bits());
+        let (mut proxies, mut members) = (Vec::new(), Vec::new());
+        for at in 0..setup.proxies {
+            let (journal, events) = match setup.sharing {
+                Sharing::IntervalMs(_) => Journal::open(JOURNAL_EVENTS),
+                Sharing::Isolated | Sharing::Alone => (Journal::default(), crossbeam_channel::never()),
+            };
+            journal.set_alone(setup.sharing == Sharing::Alone);
+            let shared = Shared::with_journal(settings.clone(), workers, journal);
+            let urls: Result<Vec<_>, _> = (0..workers).map(|at| format!("http://w{at}:1").parse()).collect();
+            let handle = Registry::new(urls?, ModelSettings::default()).handle();
+            let fleet = handle.load_full();
+            let stats = stats(told, None);
+            for worker in &fleet.workers {
+                worker.set_health(Health::Up);
+                worker.engine().set(&stats, 0);
+            }
+            proxies.push(Proxy {
+                policy: (row.build)(&shared),
+                fleet,
+                chance: if at == 0 { chance.clone() } else { Chance::new(spray.bits()) },
+                surplus: vec![0; workers],
+                scrape: if at == 0 { f64::INFINITY } else { spray.between(0.0, SCRAPE_S) },
+            });
+            members.push(Member { shared, events, fleet: handle });
         }
+        let exchange = match setup.sharing {
+            Sharing::IntervalMs(interval_ms) => Some(Exchange::new(interval_ms, members, &mut spray)),
+            Sharing::Isolated | Sharing::Alone => None,
+        };
         Ok(Self {
             workload,
-            policy: (row.build)(&shared),
-            fleet,
+            proxies,
+            exchange,
             told,
             serving: (0..workers).collect(),
             scratch: Vec::new(),
             in_flight: workload.requests.iter().map(|_| None).collect(),
-            chance,
+            spray,
         })
     }
 }
@@ -93,35 +143,37 @@ fn stats(told: Told, engine: Option<&Engine<'_>>) -> EngineStats {
 impl Chooser for Driven<'_> {
     fn choose(&mut self, now: f64, request: u32, _engines: &[Engine<'_>]) -> usize {
         let data = &self.workload.requests[request as usize];
+        let at = if self.proxies.len() > 1 { self.spray.below(self.proxies.len()) } else { 0 };
+        let Proxy { policy, fleet, chance, .. } = &mut self.proxies[at];
         let candidates =
-            Candidates::of(&self.fleet, &self.serving, &Tried::none(), &Terms::default(), &mut self.scratch);
+            Candidates::of(fleet, &self.serving, &Tried::none(), &Terms::default(), &mut self.scratch);
         let input = RouteInput {
-            random: self.chance.bits(),
+            random: chance.bits(),
             now: (now * 1000.0) as u64,
             session: Some(hash(data.session)),
             prompt: &data.index,
         };
-        let Some(selection) = self.policy.choose(&input, &candidates) else { return 0 };
-        let worker = self.fleet.workers[selection.position].clone();
-        self.in_flight[request as usize] = Some(InFlight::begin(worker, selection.demand));
+        let Some(selection) = policy.choose(&input, &candidates) else { return 0 };
+        let worker = fleet.workers[selection.position].clone();
+        self.in_flight[request as usize] = Some((at, InFlight::begin(worker, selection.demand)));
         selection.position
     }
 
     fn first_token(&mut self, request: u32) {
-        if let Some(guard) = &mut self.in_flight[request as usize] {
+        if let Some((_, guard)) = &mut self.in_flight[request as usize] {
             guard.first_token();
         }
     }
 
     fn ended(&mut self, request: u32, cached: u32) {
         let data = &self.workload.requests[request as usize];
-        let Some(guard) = self.in_flight[request as usize].take() else { return };
+        let Some((at, guard)) = self.in_flight[request as usize].take() else { return };
         let usage = Usage {
             prompt_tokens: Some(u64::from(data.prompt)),
             cached_tokens: self.told.cached.then_some(u64::from(cached)),
             completion_tokens: Some(u64::from(data.output)),
         };
-        self.policy.ended(&Outcome {
+        self.proxies[at].policy.ended(&Outcome {
             worker: guard.worker(),
             prompt: &data.index,
             demand: guard.demand(),
@@ -130,12 +182,34 @@ impl Chooser for Driven<'_> {
     }
 
     fn scraped(&mut self, engines: &[Engine<'_>]) {
-        for (worker, engine) in self.fleet.workers.iter().zip(engines) {
-            worker.engine().set(&stats(self.told, Some(engine)), 0);
+        let told = self.told;
+        let with_all = self.proxies.iter_mut().filter(|proxy| proxy.scrape.is_infinite());
+        with_all.for_each(|proxy| proxy.scraped(told, engines));
+    }
+
+    fn due(&self) -> f64 {
+        let scrape = self.proxies.iter().map(|proxy| proxy.scrape).fold(f64::INFINITY, f64::min);
+        self.exchange.as_ref().map_or(scrape, |exchange| scrape.min(exchange.due() as f64 / 1000.0))
+    }
+
+    fn go_on(&mut self, now: f64, engines: &[Engine<'_>]) {
+        for proxy in self.proxies.iter_mut().filter(|proxy| proxy.scrape <= now) {
+            proxy.scraped(self.told, engines);
+            proxy.scrape += SCRAPE_S;
+        }
+        if let Some(exchange) = &mut self.exchange {
+            // a beat is a whole number, and must not be rounded to before itself
+            exchange.go_on((now * 1000.0).round() as u64);
         }
     }
 
+    fn traffic(&self) -> Traffic {
+        self.exchange.as_ref().map_or_else(Traffic::default, Exchange::traffic)
+    }
+
     fn cache_lost(&mut self, worker: usize) {
-        self.fleet.workers[worker].cache_lost();
+        for proxy in &self.proxies {
+            proxy.fleet.workers[worker].cache_lost();
+        }
     }
 }

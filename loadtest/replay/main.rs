@@ -3,8 +3,12 @@
 //!
 //! `cargo run --profile replay --example replay -- --trace mooncake_conversation_trace.jsonl --out target/replay`
 //!
+//! `-- --trace mooncake_conversation_trace.jsonl --proxies 1,2,8` compares one proxy with several before the same workers,
+//! that hear of each other in all ways: through Redis, which is a stream in memory that loses nothing, with the very
+//! code that composes and reads what goes through it; and not at all, which is when Redis is down, or there is none.
+//!
 //! Not modelled: preemption, the network, tokenizers that split text otherwise than the index does, speculative
-//! decoding, requests that other proxies send to the same workers. What a step costs is a guess at a large model on
+//! decoding. What a step costs is a guess at a large model on
 //! four large GPUs: ratios mean something, seconds little.
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "a tool for the terminal")]
 
@@ -16,12 +20,16 @@ mod engine;
 mod fleet;
 mod matrix;
 mod plot;
+mod proxies;
 mod report;
 mod run;
 mod scenario;
 mod workload;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
@@ -30,6 +38,7 @@ use vllm_proxy::base::Clock;
 use crate::{
     contender::{Contender, ORACLES},
     matrix::{Plan, Rates},
+    proxies::Setup,
     scenario::{Name, matrix, special, trace_file},
 };
 
@@ -44,12 +53,12 @@ struct Args {
     #[arg(long, num_args = 1.., value_delimiter = ',', value_enum)]
     workloads: Vec<Name>,
 
-    /// Numbers of workers
-    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [8, 16])]
+    /// Numbers of workers [default: 8,16; of several proxies 8]
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
     workers: Vec<usize>,
 
-    /// Percent of the load that the oracle just sustains
-    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [50, 75, 90])]
+    /// Percent of the load that the oracle just sustains [default: 50,75,90; of several proxies 75,90]
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
     loads: Vec<u32>,
 
     /// Seed of chance
@@ -84,6 +93,15 @@ struct Args {
     #[arg(long)]
     find_rates: bool,
 
+    /// Compare so many proxies before the same workers with one; requests come to any of them. By default `conv` and
+    /// `agent` are replayed, with cache_aware
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "COUNT")]
+    proxies: Vec<usize>,
+
+    /// Intervals at which they tell each other what they do
+    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [10, 50, 100, 1000], value_name = "MS")]
+    sync_intervals_ms: Vec<u64>,
+
     /// Scenarios at a time
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -94,12 +112,28 @@ struct Args {
 }
 
 impl Args {
-    fn contenders(&self) -> anyhow::Result<Vec<Contender>> {
-        if self.policies.is_empty() {
-            return Ok(Contender::all());
+    /// Puts in what depends on other flags.
+    fn complete(&mut self) {
+        let one = self.proxies.is_empty();
+        if self.workers.is_empty() {
+            self.workers = if one { vec![8, 16] } else { vec![8] };
         }
+        if self.loads.is_empty() {
+            self.loads = if one { vec![50, 75, 90] } else { vec![75, 90] };
+        }
+    }
+
+    fn contenders(&self) -> anyhow::Result<Vec<Contender>> {
+        let policies = match (&*self.policies, &*self.proxies) {
+            ([], []) => return Ok(Contender::all()),
+            ([], _) => &["cache_aware".to_owned()],
+            (policies, _) => policies,
+        };
         let named = |name: &String| Contender::named(name).with_context(|| format!("`{name}` is no policy"));
-        let mut all: Vec<Contender> = self.policies.iter().map(named).collect::<Result<_, _>>()?;
+        let mut all: Vec<Contender> = policies.iter().map(named).collect::<Result<_, _>>()?;
+        if !self.proxies.is_empty() {
+            return Ok(all);
+        }
         // without them nothing can be compared
         let missing = ORACLES.map(Contender::Oracle).into_iter();
         all.extend(missing.filter(|oracle| !self.policies.contains(&oracle.name())));
@@ -114,7 +148,8 @@ impl Args {
             return self.workloads.clone();
         }
         let all = [Name::Conv, Name::Conv2m, Name::Mix, Name::Agent, Name::Hot];
-        all.into_iter().filter(|name| self.trace.is_some() || !name.needs_trace()).collect()
+        let all = if self.proxies.is_empty() { &all[..] } else { &[Name::Conv, Name::Agent] };
+        all.iter().copied().filter(|name| self.trace.is_some() || !name.needs_trace()).collect()
     }
 }
 
@@ -123,8 +158,10 @@ fn main() -> anyhow::Result<()> {
     if args.quick {
         (args.workers, args.seeds, args.plain) = (vec![4], 1, true);
     }
-    if args.workers.contains(&0) || args.loads.contains(&0) || args.seeds == 0 {
-        bail!("workers, loads and seeds must be greater than 0");
+    args.complete();
+    let zero = args.workers.contains(&0) || args.loads.contains(&0) || args.proxies.contains(&0);
+    if zero || args.sync_intervals_ms.contains(&0) || args.seeds == 0 {
+        bail!("workers, loads, proxies, intervals and seeds must be greater than 0");
     }
     let (contenders, workloads) = (args.contenders()?, args.workloads());
     let trace = args.trace.as_deref().map(trace_file);
@@ -137,12 +174,19 @@ fn main() -> anyhow::Result<()> {
         threads: args.threads,
     };
     let mut scenarios = matrix(&workloads, &args.workers, &args.loads);
-    if !args.plain {
-        scenarios.extend(special(&workloads, args.workers[0]));
-    }
     let mut rates = if args.find_rates { Rates::default() } else { Rates::known()? };
     let clock = Clock::start();
     let progress = |text: &str| eprintln!("{:6.1} s  {text}", clock.millis() as f64 / 1000.0);
+    if !args.proxies.is_empty() {
+        let setups = Setup::all(&args.proxies, &args.sync_intervals_ms);
+        let results = plan.proxies(&scenarios, &setups, &mut rates, &progress)?;
+        let text = report::proxies(&results);
+        print!("{text}");
+        return args.out.as_deref().map_or(Ok(()), |folder| write(folder, &[("proxies.md", text)]));
+    }
+    if !args.plain {
+        scenarios.extend(special(&workloads, args.workers[0]));
+    }
     let outcomes = plan.results(&scenarios, &mut rates, &progress)?;
     let oracles: Vec<String> = ORACLES.map(|weight| Contender::Oracle(weight).name()).to_vec();
     let compared = report::compare(&outcomes, &oracles);
@@ -157,7 +201,6 @@ fn main() -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&rates)?);
     }
     if let Some(folder) = &args.out {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let json = serde_json::to_string_pretty(&report::json(&compared, &sustained, &rates, &seeds))?;
         let files = [
             ("report.md", text),
@@ -165,24 +208,58 @@ fn main() -> anyhow::Result<()> {
             ("ttft.svg", plot::curves(&compared, &oracles)),
             ("ratios.svg", plot::bars(&compared)),
         ];
-        for (name, content) in files {
-            let path = folder.join(name);
-            fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        write(folder, &files)?;
     }
     progress("done");
+    Ok(())
+}
+
+fn write(folder: &Path, files: &[(&str, String)]) -> anyhow::Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    for (name, content) in files {
+        let path = folder.join(name);
+        fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::Outcome;
+    use crate::{matrix::Outcome, proxies::Sharing, run::Measures};
 
     fn quick() -> Vec<Outcome> {
         let plan = Plan { contenders: &Contender::all(), flags: &[], trace: None, seeds: &[1], threads: 2 };
         let scenarios = matrix(&[Name::Quick], &[4], &[75]);
         plan.results(&scenarios, &mut Rates::known().unwrap(), &|_| ()).unwrap()
+    }
+
+    fn together(setups: &[Setup]) -> Vec<Measures> {
+        let cache_aware = [Contender::named("cache_aware").unwrap()];
+        let plan = Plan { contenders: &cache_aware, flags: &[], trace: None, seeds: &[1], threads: 2 };
+        let scenarios = matrix(&[Name::Quick], &[4], &[75]);
+        let results = plan.proxies(&scenarios, setups, &mut Rates::known().unwrap(), &|_| ()).unwrap();
+        results.into_iter().map(|result| result.measures).collect()
+    }
+
+    #[test]
+    fn several_proxies_that_hear_each_other_are_nearly_as_one_and_others_are_not() {
+        let four = |sharing| Setup { proxies: 4, sharing };
+        let setups =
+            [Setup::ONE, four(Sharing::IntervalMs(50)), four(Sharing::Alone), four(Sharing::Isolated)];
+        let [one, shared, alone, isolated] = &together(&setups)[..] else { panic!("a result for each") };
+        assert!(shared.hit > one.hit * 0.97, "{shared:?} {one:?}");
+        assert!(shared.mean_s < one.mean_s * 1.1, "{shared:?} {one:?}");
+        assert!(shared.hit > isolated.hit + 0.1, "{shared:?} {isolated:?}");
+        assert!(alone.hit > isolated.hit + 0.05, "{alone:?} {isolated:?}");
+        assert_eq!(together(&setups[1..2]), std::slice::from_ref(shared), "a run repeats itself");
+    }
+
+    #[test]
+    fn one_proxy_that_hears_itself_is_as_if_it_heard_nothing() {
+        let talking = Setup { proxies: 1, sharing: Sharing::IntervalMs(50) };
+        let [one, talking] = &together(&[Setup::ONE, talking])[..] else { panic!("a result for each") };
+        assert_eq!(one, talking);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
     contender::{Contender, FULL_LOAD_ORACLE},
     engine::Model,
     fleet::Told,
+    proxies::{Setup, Traffic},
     report::distinct,
     run::{Fault, Measures, Terms, highest_speed, run},
     scenario::{Name, Scenario},
@@ -57,6 +58,20 @@ pub(crate) struct Outcome {
     pub(crate) scenario: Scenario,
     pub(crate) contender: String,
     pub(crate) measures: Measures,
+}
+
+/// What several proxies reached in a scenario.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Together {
+    pub(crate) scenario: Scenario,
+    pub(crate) contender: String,
+    pub(crate) setup: Setup,
+    /// The mean of all seeds.
+    pub(crate) measures: Measures,
+    /// The sum of all seeds.
+    pub(crate) traffic: Traffic,
+    /// Of all seeds.
+    pub(crate) requests: u64,
 }
 
 /// The highest rates that a contender sustains.
@@ -106,10 +121,11 @@ impl Plan<'_> {
                     .filter(|(at, who)| takes_part(&self.contenders[*who], &scenarios[*at]))
                     .collect();
                 let done = in_parallel(self.threads, &jobs, |(at, who)| {
-                    self.one(&workload, &scenarios[*at], &self.contenders[*who], rates, *seed)
+                    let contender = &self.contenders[*who];
+                    self.one(&workload, &scenarios[*at], contender, Setup::ONE, rates, *seed)
                 });
                 for ((at, who), measures) in jobs.iter().zip(done) {
-                    sums[at * self.contenders.len() + who].push(measures?);
+                    sums[at * self.contenders.len() + who].push(measures?.0);
                 }
             }
         }
@@ -122,6 +138,50 @@ impl Plan<'_> {
                 measures: Measures::mean(&runs),
             })
             .collect())
+    }
+
+    /// What each contender reaches with each of these setups in each of these scenarios. In the order of `scenarios`, then of the contenders, then of `setups`.
+    ///
+    /// # Errors
+    /// As for [`Plan::results`].
+    pub(crate) fn proxies(
+        &self,
+        scenarios: &[Scenario],
+        setups: &[Setup],
+        rates: &mut Rates,
+        progress: &(dyn Fn(&str) + Sync),
+    ) -> anyhow::Result<Vec<Together>> {
+        let mut all = Vec::new();
+        for scenario in scenarios {
+            let who = self.contenders.iter().flat_map(|contender| setups.iter().map(move |s| (contender, s)));
+            let jobs: Vec<(&Contender, &Setup)> = who.collect();
+            let mut sums: Vec<Vec<(Measures, Traffic)>> = vec![Vec::new(); jobs.len()];
+            let mut requests = 0;
+            for seed in self.seeds {
+                let workload = scenario.workload.load(self.trace, scenario.workers, *seed)?.in_whole_chunks();
+                self.complete(rates, &workload, &[scenario], *seed, progress)?;
+                progress(&format!("{}, seed {seed}", scenario.title()));
+                let done = in_parallel(self.threads, &jobs, |(contender, setup)| {
+                    self.one(&workload, scenario, contender, **setup, rates, *seed)
+                });
+                for (sum, result) in sums.iter_mut().zip(done) {
+                    sum.push(result?);
+                }
+                requests += workload.requests.len() as u64;
+            }
+            all.extend(jobs.iter().zip(sums).map(|((contender, setup), runs)| {
+                let (measures, traffic): (Vec<Measures>, Vec<Traffic>) = runs.into_iter().unzip();
+                Together {
+                    scenario: *scenario,
+                    contender: contender.name(),
+                    setup: **setup,
+                    measures: Measures::mean(&measures),
+                    traffic: traffic.into_iter().fold(Traffic::default(), Traffic::plus),
+                    requests,
+                }
+            }));
+        }
+        Ok(all)
     }
 
     /// The highest rate of each contender on each workload.
@@ -192,13 +252,14 @@ impl Plan<'_> {
         let told = Told { cache_tokens: models[0].cache_tokens, cached: true };
         let mut refused = Ok(());
         let speed = highest_speed(guess, |speed| {
-            let mut chooser = match contender.build(self.flags, workload, models.len(), told, seed) {
-                Ok(chooser) => chooser,
-                Err(error) => {
-                    refused = Err(error);
-                    return false;
-                }
-            };
+            let mut chooser =
+                match contender.build(self.flags, workload, models.len(), told, Setup::ONE, seed) {
+                    Ok(chooser) => chooser,
+                    Err(error) => {
+                        refused = Err(error);
+                        return false;
+                    }
+                };
             let foresight = contender.foresight();
             let terms = Terms { workload, speed, models, fault: Fault::None, foresight, only_drain: true };
             run(&terms, &mut *chooser).drained
@@ -211,13 +272,14 @@ impl Plan<'_> {
         workload: &Workload,
         scenario: &Scenario,
         contender: &Contender,
+        setup: Setup,
         rates: &Rates,
         seed: u64,
-    ) -> anyhow::Result<Measures> {
+    ) -> anyhow::Result<(Measures, Traffic)> {
         let models = scenario.models();
         let cache_tokens = (models[0].cache_tokens as f64 * scenario.guess) as u64;
         let told = Told { cache_tokens, cached: scenario.feedback };
-        let mut chooser = contender.build(self.flags, workload, models.len(), told, seed)?;
+        let mut chooser = contender.build(self.flags, workload, models.len(), told, setup, seed)?;
         let terms = Terms {
             workload,
             speed: rate(rates, scenario, seed)? / workload.rate() * f64::from(scenario.load) / 100.0,
@@ -226,7 +288,8 @@ impl Plan<'_> {
             foresight: contender.foresight(),
             only_drain: false,
         };
-        Ok(run(&terms, &mut *chooser))
+        let measures = run(&terms, &mut *chooser);
+        Ok((measures, chooser.traffic()))
     }
 }
 

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::{
-    matrix::{Outcome, Rates, Sustained},
+    matrix::{Outcome, Rates, Sustained, Together},
+    proxies::{Setup, Sharing, Traffic},
     run::Measures,
     scenario::{MAIN, Scenario},
 };
@@ -171,6 +172,60 @@ pub(crate) fn sustained(results: &[Sustained]) -> String {
         text.push('\n');
     }
     text + "\n"
+}
+
+/// How several proxies fare, beside one: a table of what they reach and one of what they tell each other, for each who
+/// chooses.
+pub(crate) fn proxies(results: &[Together]) -> String {
+    let mut text = String::new();
+    for contender in distinct(results.iter().map(|result| &result.contender)) {
+        let mine = || results.iter().filter(|result| result.contender == *contender);
+        let scenarios = distinct(mine().map(|result| result.scenario));
+        let setups = distinct(mine().map(|result| result.setup));
+        let of = |setup: Setup, scenario: &Scenario| {
+            mine().find(|result| (result.setup, &result.scenario) == (setup, scenario))
+        };
+        let mut columns = "|".to_owned();
+        for scenario in &scenarios {
+            let _ = write!(columns, " {} |", scenario.title());
+        }
+        let _ = write!(columns, "\n|---|{}\n", "--:|".repeat(scenarios.len()));
+        let _ = write!(
+            text,
+            "## Several proxies, {contender}: token hit %, TTFT mean and p99 in s (mean, p99 × one proxy)\n\n| {columns}"
+        );
+        for setup in setups.iter().copied() {
+            let _ = write!(text, "| {} |", setup.title());
+            for scenario in &scenarios {
+                let cell = of(setup, scenario).zip(of(Setup::ONE, scenario)).map(|(result, one)| {
+                    let (m, one) = (&result.measures, &one.measures);
+                    let (mean, p99) = (times(Some(m.mean_s / one.mean_s)), times(Some(m.p99_s / one.p99_s)));
+                    let (hit, mean_s, p99_s) = (m.hit * 100.0, seconds(m.mean_s), seconds(m.p99_s));
+                    format!("{hit:.1} / {mean_s} / {p99_s} ({mean}, {p99})")
+                });
+                let _ = write!(text, " {} |", cell.unwrap_or_default());
+            }
+            text.push('\n');
+        }
+        let _ = write!(
+            text,
+            "\n## What they tell: bytes per request, batches per request, events dropped\n\n| {columns}"
+        );
+        for setup in setups.iter().copied().filter(|setup| matches!(setup.sharing, Sharing::IntervalMs(_))) {
+            let _ = write!(text, "| {} |", setup.title());
+            for scenario in &scenarios {
+                let cell = of(setup, scenario).map(|result| {
+                    let Traffic { bytes, batches, dropped } = result.traffic;
+                    let per_request = |count: u64| count as f64 / result.requests as f64;
+                    format!("{:.0} / {:.2} / {dropped}", per_request(bytes), per_request(batches))
+                });
+                let _ = write!(text, " {} |", cell.unwrap_or_default());
+            }
+            text.push('\n');
+        }
+        text.push('\n');
+    }
+    text
 }
 
 /// Everything.

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Seconds between two looks at the workers' metrics (`--engine-stats-interval`).
-const SCRAPE_S: f64 = 5.0;
+pub(crate) const SCRAPE_S: f64 = 5.0;
 /// Seconds between two losses of a cache.
 const FLUSH_S: f64 = 60.0;
 /// A run has drained when its last request ends so many seconds, and so large a share of its length, after it
@@ -125,7 +125,8 @@ impl<'a, 'b> Run<'a, 'b> {
         while self.left > 0 {
             let (worker, event) = self.next_event();
             let arrival = self.arrival(self.next);
-            now = event.min(arrival).min(self.scrape).min(self.flush);
+            let due = chooser.due();
+            now = event.min(arrival).min(self.scrape).min(self.flush).min(due);
             if now > limit {
                 break;
             }
@@ -135,6 +136,8 @@ impl<'a, 'b> Run<'a, 'b> {
             } else if self.scrape <= now {
                 chooser.scraped(&self.engines);
                 self.scrape += SCRAPE_S;
+            } else if due <= now {
+                chooser.go_on(now, &self.engines);
             } else if self.flush <= now {
                 self.engines[0].flush();
                 if self.terms.fault == Fault::FlushSeen {

@@ -88,6 +88,17 @@ impl Workload {
         found as f64 / self.prompt_tokens() as f64
     }
 
+    /// The same with prompts as the proxy reads them: what fills no chunk has none. Where several proxies are compared it
+    /// matters, for a prompt's last chunk is always told, and is of use only if a longer prompt has it too.
+    pub(crate) fn in_whole_chunks(mut self) -> Self {
+        for request in &mut self.requests {
+            let whole = (request.prompt / CHUNK_TOKENS) as usize;
+            let chunks = request.index.chunks().iter().copied().take(whole).collect();
+            request.index = Prompt::new(chunks, request.index.bytes(), request.index.tokens());
+        }
+        self
+    }
+
     /// Twice the requests in the same time: a second copy whose prompts and sessions are its own and that is half
     /// the length ahead, so that the copies' bursts do not meet.
     pub(crate) fn doubled(&self) -> Self {
@@ -358,6 +369,20 @@ mod tests {
         assert_eq!(prompt.chunks()[..4], longer.chunks()[..4]);
         assert_ne!(prompt.chunks()[4], longer.chunks()[4]);
         assert_eq!((longer.chunks().len(), longer.tokens()), (8, 1024));
+    }
+
+    #[test]
+    fn what_fills_no_chunk_can_be_left_out() {
+        let lengths = |made: Workload| -> Vec<_> {
+            made.requests.iter().map(|r| (r.prompt, r.index.tokens(), r.index.chunks().len())).collect()
+        };
+        let made = || generate(&Mould { requests: 100, ..AGENT }, 1);
+        for ((tokens, known, begun), whole) in
+            lengths(made()).into_iter().zip(lengths(made().in_whole_chunks()))
+        {
+            assert_eq!((begun, known), (tokens.div_ceil(CHUNK_TOKENS) as usize, u64::from(tokens)));
+            assert_eq!(whole, (tokens, known, (tokens / CHUNK_TOKENS) as usize));
+        }
     }
 
     #[test]
