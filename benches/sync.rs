@@ -75,7 +75,7 @@ impl Proxy {
     fn new(instance: u64) -> Self {
         let flags = Settings::augment_args(Command::new("bench"));
         let settings = Settings::from_arg_matches(&flags.get_matches_from(["bench"])).expect("defaults");
-        let (journal, events) = Journal::open(65_536);
+        let (journal, events) = Journal::open(65_536, 50);
         let shared = Shared::with_journal(settings, WORKERS, journal);
         let worker = |id| Arc::new(Worker::new(id, format!("http://w{id}:1").parse().expect("a URL")));
         let mut fleet = Fleet::default();

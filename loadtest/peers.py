@@ -182,7 +182,7 @@ def share():
         after = [metrics(port) for _, port in proxies]
         total = lambda name: sum(a.get(name, 0) - b.get(name, 0) for a, b in zip(after, before))
         info = dict(line.split(":", 1) for line in redis(redis_port, "INFO", "memory").decode().split("\r\n") if ":" in line)
-        keys = redis(redis_port, "KEYS", "*")
+        keys = [key.decode() for key in redis(redis_port, "KEYS", "*")]
         sync = sum(cpu_ns(child.pid, "sync") for child, _ in proxies) - sum(sync0)
         shards = sum(cpu_ns(child.pid, "shard-") for child, _ in proxies) - sum(shard0)
         result = {
@@ -197,7 +197,7 @@ def share():
             "shard_cpu_us_per_request": round(shards / 1e3 / requests, 1),
             "redis_cpu_percent": round((cpu_ns(server.pid) - redis0) / 1e9 / took * 100, 2),
             "redis_used_memory": int(info["used_memory"]), "redis_used_memory_empty": int(empty["used_memory"]),
-            "keys": {key.decode(): {"entries": redis(redis_port, "XLEN", key), "memory": redis(redis_port, "MEMORY", "USAGE", key, "SAMPLES", 0),
+            "keys": {key: {"entries": redis(redis_port, "XLEN", key), "memory": redis(redis_port, "MEMORY", "USAGE", key, "SAMPLES", 0),
                                     "ttl_ms": redis(redis_port, "PTTL", key)} for key in keys},
         }
         results.append(result)

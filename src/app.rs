@@ -434,7 +434,7 @@ fn share(
     if matches!(config.sync.redis, sync::Server::None) {
         return Ok((routing::Shared::new(config.routing.clone(), workers), None));
     }
-    let (journal, events) = routing::Journal::open(sync::EVENTS);
+    let (journal, events) = routing::Journal::open(sync::EVENTS, config.sync.sync_interval_ms);
     let shared = routing::Shared::with_journal(config.routing.clone(), workers, journal);
     let figures = Arc::new(telemetry::metrics::SyncFigures::default());
     let journal = shared.journal.clone();

@@ -89,7 +89,7 @@ impl<'a> Driven<'a> {
         let (mut proxies, mut members) = (Vec::new(), Vec::new());
         for at in 0..setup.proxies {
             let (journal, events) = match setup.sharing {
-                Sharing::IntervalMs(_) => Journal::open(JOURNAL_EVENTS),
+                Sharing::IntervalMs(interval_ms) => Journal::open(JOURNAL_EVENTS, interval_ms),
                 Sharing::Isolated | Sharing::Alone => (Journal::default(), crossbeam_channel::never()),
             };
             journal.set_alone(setup.sharing == Sharing::Alone);

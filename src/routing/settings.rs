@@ -96,7 +96,7 @@ pub struct Settings {
     pub cache_miss_weight_max: f64,
 
     /// While other proxies on the same Redis cannot be heard: the share of a prompt's uncached tokens that `cache_aware`
-    /// does not charge the worker for which the prompt's hash speaks, and a third of it while they are; 0: nothing
+    /// does not charge the worker for which the prompt's hash speaks, and up to a third of it while they are; 0: nothing
     #[arg(long, env = "VLLM_PROXY_HASH_CREDIT", default_value_t = 0.15, value_name = "SHARE")]
     pub hash_credit: f64,
 

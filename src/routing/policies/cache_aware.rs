@@ -12,9 +12,10 @@
 //!
 //! While other proxies cannot be heard, each knows only what it sent itself. So that they agree without a word, the
 //! worker that a prompt's first unknown chunk names (the highest hash of both, "rendezvous") is charged
-//! `--hash-credit` less of what it would have to compute (`routing.md` §4.5). While they are heard it is a third of
-//! that: what they have sent in the last moments is not known yet, and who all find the same worker the least loaded
-//! one would all go there. The hash sends different prompts to different workers, and equal ones to the same.
+//! `--hash-credit` less of what it would have to compute (`routing.md` §4.5). While they are heard it is at most a third
+//! of that, and less where they are heard more often ([`Journal::ignorance`]): what they have sent in the last moments
+//! is not known yet, and who all find the same worker the least loaded one would all go there. The hash sends
+//! different prompts to different workers, and equal ones to the same.
 //!
 //! What is not known of a prompt (a body that was not read, a prompt shorter than a chunk) is taken for uncached on
 //! every worker: then the load decides alone.
@@ -42,11 +43,6 @@ const REQUEST_TOKENS: f64 = 200.0;
 /// Tokens of context that make computing a token cost twice: attention grows with the context and the rest does not.
 /// By operations it is 31,000 for Llama 3 8B, 30,000 for Qwen3 32B, 54,000 for Llama 3 70B.
 const ATTENTION_TOKENS: f64 = 40_000.0;
-
-/// Of the hash credit while other proxies are heard. In the replay, eight proxies at intervals of 100 ms: the mean time
-/// to the first token of conversations at 75 % load is 1.08 times that of one proxy with it and 1.13 without. At 10 ms, and on other
-/// workloads, what differs is within chance.
-const CREDIT_WHILE_HEARD: f64 = 1.0 / 3.0;
 
 /// What a token of context costs that is being decoded with, in tokens of prefill.
 const DECODE_SHARE: f64 = 0.01;
@@ -98,10 +94,9 @@ impl CacheAware {
     /// The share of what a prompt's worker would have to compute that it is not charged; 0: there are no other proxies,
     /// or they have nothing running.
     fn credit(&self, candidates: &Candidates<'_>) -> f64 {
-        if self.journal.is_alone() {
-            self.hash_credit
-        } else if candidates.iter().any(|(_, worker)| worker.peers_load().in_flight > 0) {
-            self.hash_credit * CREDIT_WHILE_HEARD
+        let peers = || candidates.iter().any(|(_, worker)| worker.peers_load().in_flight > 0);
+        if self.hash_credit > 0.0 && (self.journal.is_alone() || peers()) {
+            self.hash_credit * self.journal.ignorance()
         } else {
             0.0
         }
@@ -372,6 +367,7 @@ mod tests {
     fn the_worker_that_the_hash_names_is_charged_less_if_there_are_other_proxies() {
         let charged = |alone: bool, peers: u32| {
             let mut bed = Bed::new(4);
+            bed.policy.journal = Arc::new(Journal::open(9, 200).0);
             bed.policy.journal.set_alone(alone);
             let load = Load { in_flight: peers, ..Load::default() };
             bed.fleet.workers.iter().for_each(|worker| worker.set_peers_load(load));

@@ -30,7 +30,7 @@ impl Proxy {
     }
 
     fn with_stream(instance: u64, workers: usize, stream_bytes: u64) -> Self {
-        let (journal, events) = Journal::open(100_000);
+        let (journal, events) = Journal::open(100_000, 50);
         let settings = Settings::of_flags(&["--prefix-index-bytes=1048576"]);
         let shared = Shared::with_journal(settings, workers.max(1), journal);
         let fleet = Arc::new(ArcSwap::from_pointee(fleet_of(0, workers)));

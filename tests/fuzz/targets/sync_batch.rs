@@ -26,7 +26,7 @@ static PROXY: LazyLock<Mutex<Proxy>> = LazyLock::new(|| {
     let flags = Settings::augment_args(Command::new("fuzz"));
     let matches = flags.get_matches_from(["fuzz", "--prefix-index-bytes=1048576"]);
     let settings = Settings::from_arg_matches(&matches).expect("known flags");
-    let (journal, events) = Journal::open(1);
+    let (journal, events) = Journal::open(1, 50);
     let worker = |id: usize| Arc::new(Worker::new(id, format!("http://w{id}:1").parse().expect("a URL")));
     let mut fleet = Fleet::default();
     fleet.workers = (0..3).map(worker).collect();
