@@ -25,8 +25,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// What Redis may take to accept a command.
 const WRITE: Duration = Duration::from_secs(1);
 
-/// The longest that a read waits for news: who asks this thread to end waits no longer.
-pub(super) const MOST_BLOCK_MS: u64 = 250;
+/// The longest that a read waits for news: nobody waits longer for the end of who reads.
+const MOST_BLOCK_MS: u64 = 250;
 
 /// What an answer may take, beyond a wait for news.
 const READ: Duration = Duration::from_millis(1000 + MOST_BLOCK_MS);
@@ -186,17 +186,11 @@ impl Link {
         accepted(kept).map(drop)
     }
 
-    /// The entries behind `after`, at most [`PAGE`]; waits so many milliseconds for one to come, if it is not 0.
-    pub(super) fn read(&mut self, after: Id, block_ms: u64) -> Result<Vec<Entry>, Trouble> {
+    /// The entries behind `after`, at most [`PAGE`]; waits [`MOST_BLOCK_MS`] for one to come.
+    pub(super) fn read(&mut self, after: Id) -> Result<Vec<Entry>, Trouble> {
         let mut command = pipe();
-        {
-            let command = command.cmd("XREAD").arg("COUNT").arg(PAGE);
-            // 0 would be for ever
-            if block_ms > 0 {
-                command.arg("BLOCK").arg(block_ms.min(MOST_BLOCK_MS));
-            }
-            command.arg("STREAMS").arg(KEY).arg(after.to_string());
-        }
+        command.cmd("XREAD").arg("COUNT").arg(PAGE).arg("BLOCK").arg(MOST_BLOCK_MS);
+        command.arg("STREAMS").arg(KEY).arg(after.to_string());
         let [read] = self.answers(&command)?;
         entries(accepted(read)?).ok_or_else(Trouble::nonsense)
     }

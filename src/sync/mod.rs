@@ -10,6 +10,7 @@
 
 mod ancestry;
 mod codec;
+mod ear;
 mod link;
 mod peers;
 mod quota;

@@ -1,8 +1,8 @@
 //! The sync thread: carries a [`Replica`]'s batches to Redis, and brings it what all proxies have added.
 //!
-//! A plain thread that blocks, and the only one that talks to Redis; nothing waits for it but the start, and that for
-//! at most [`WARM`]. Once per interval it adds what there is to tell; the rest of the interval it waits in Redis for
-//! what others tell. The interval is kept by our own monotonic clock.
+//! A plain thread that blocks, and, with its [`Ear`], the only one that talks to Redis; nothing waits for it but the
+//! start, and that for at most [`WARM`]. Once per interval it adds what there is to tell; the rest of the interval it
+//! takes in what others tell. The interval is kept by our own monotonic clock.
 //!
 //! Redis may do anything at any time. What goes wrong ends the connection, is said once, and is tried again with
 //! growing pauses; shards notice nothing but that they hear no more of the others. Nothing is kept for the
@@ -23,7 +23,8 @@ use crate::{
     base::{Backoff, Clock, Millis},
     sync::{
         Replica, Settings,
-        link::{Id, Link, MOST_BLOCK_MS, PAGE, Trouble},
+        ear::Ear,
+        link::{Id, Link, Trouble},
         replica,
         settings::Address,
         standing::{News, Standing},
@@ -128,6 +129,8 @@ struct Exchange {
     replica: Replica,
     standing: Standing,
     link: Option<Link>,
+    /// What is read, from behind `last` on.
+    ear: Option<Ear>,
     /// Attempts in a row that have failed.
     failures: u32,
     /// The last entry that was read.
@@ -170,6 +173,7 @@ impl Exchange {
             parts,
             standing,
             link: None,
+            ear: None,
             failures: 0,
             last: Id::default(),
             create: false,
@@ -195,6 +199,7 @@ impl Exchange {
             };
             self.failed(&reason);
         }
+        self.ear = None;
         if let Some(link) = self.link.take() {
             let mut last = self.batches(self.clock.millis());
             last.push(self.replica.farewell());
@@ -216,7 +221,7 @@ impl Exchange {
             if self.tell(&mut link)? {
                 self.works();
             }
-            self.listen(&mut link)?;
+            self.listen(&link)?;
             self.replica.expire(self.clock.millis());
         }
         self.link = Some(link);
@@ -229,9 +234,15 @@ impl Exchange {
             // a copy that was behind, an older snapshot, or a stream that has moved on: of what was told before, nobody
             // knows what is there
             self.replica.begin_anew();
-            self.last = Id::default();
+            self.read_from_start();
         }
         Ok(link)
+    }
+
+    /// What was read last is no place in the stream any more.
+    fn read_from_start(&mut self) {
+        self.last = Id::default();
+        self.ear = None;
     }
 
     /// Adds what there is to tell; true if Redis has taken something. A server that may only be read answers, too.
@@ -250,7 +261,7 @@ impl Exchange {
             // what was told before is not there either, and what peers tell from now on is all that there is
             self.replica.begin_anew();
             self.create = true;
-            self.last = Id::default();
+            self.read_from_start();
             let batches = self.batches(now);
             added = link.add(&batches, entries, self.create)?;
         }
@@ -261,7 +272,7 @@ impl Exchange {
         }
         if id <= self.last {
             // another stream has taken the place of the one that was read, and its clock is behind
-            self.last = Id::default();
+            self.read_from_start();
         }
         self.sent = Some((id, micros));
         if self.kept.is_none_or(|kept| now.saturating_sub(kept) >= KEEP_MS) {
@@ -276,17 +287,19 @@ impl Exchange {
     }
 
     /// Takes in what is added, until the next batches are due.
-    fn listen(&mut self, link: &mut Link) -> Result<(), Trouble> {
+    fn listen(&mut self, link: &Link) -> Result<(), Trouble> {
+        let ear = match self.ear.take() {
+            Some(ear) => ear,
+            None => self.open_ear()?,
+        };
         loop {
-            let now = self.clock.millis();
-            let left = self.next.saturating_sub(now);
+            let left = self.next.saturating_sub(self.clock.millis());
             if left == 0 || self.is_over() {
-                return Ok(());
+                break;
             }
-            let entries = link.read(self.last, left.min(MOST_BLOCK_MS))?;
-            let complete = entries.len() < PAGE;
+            let Some(page) = ear.next(Duration::from_millis(left))? else { break };
             let now = self.clock.millis();
-            for entry in entries {
+            for entry in page.entries {
                 // before it is taken in: what cannot be is not read again
                 self.last = entry.id;
                 self.replica.receive(now, link.age_ms(now, entry.id), &entry.batch);
@@ -294,10 +307,17 @@ impl Exchange {
                     self.heard_ourselves();
                 }
             }
-            if complete {
+            if page.complete {
                 self.warm = None;
             }
         }
+        self.ear = Some(ear);
+        Ok(())
+    }
+
+    fn open_ear(&self) -> Result<Ear, Trouble> {
+        let link = Link::open(&self.address, self.clock)?;
+        Ear::open(link, self.last).map_err(|error| Trouble(format!("cannot start a thread: {error}")))
     }
 
     fn heard_ourselves(&mut self) {
@@ -326,6 +346,7 @@ impl Exchange {
     fn failed(&mut self, reason: &str) {
         self.failures = self.failures.saturating_add(1);
         self.link = None;
+        self.ear = None;
         self.warm = None;
         self.sent = None;
         let news = self.standing.fails(self.clock.millis(), reason);

@@ -43,6 +43,11 @@ const ENTRY_OVERHEAD: u64 = 100;
 /// What an entry is taken for until some were seen, in bytes.
 const ENTRY_BYTES: f64 = 1024.0;
 
+/// Entries that the stream may have at least and at most, whatever their size: what is told within a second or two, and
+/// what a newcomer can read in the time that it has.
+const LEAST_ENTRIES: u64 = 64;
+const MOST_ENTRIES: u64 = 1_000_000;
+
 /// Entries that their mean size is taken of, about.
 const MEAN_OF: f64 = 256.0;
 
@@ -256,7 +261,7 @@ impl Replica {
     /// Entries that the stream may have so that it does not take more than [`Parts::stream_bytes`].
     pub fn stream_entries(&self) -> u64 {
         let entries = self.parts.stream_bytes as f64 / self.entry_bytes.max(1.0);
-        (entries as u64).clamp(1000, 1_000_000)
+        (entries as u64).clamp(LEAST_ENTRIES, MOST_ENTRIES)
     }
 
     /// Bytes of the stream that everybody can be expected to have read, whenever they began: half of what is kept, so
