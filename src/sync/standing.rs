@@ -12,6 +12,8 @@ pub(super) struct Standing {
     expected: bool,
     /// It was in use once.
     known: bool,
+    /// Other proxies were heard when it was lost.
+    company: bool,
     now: Now,
 }
 
@@ -47,16 +49,22 @@ pub(super) enum News {
 
 impl Standing {
     pub(super) fn new(expected: bool, now: Millis) -> Self {
-        Self { expected, known: false, now: Now::Down { since: now, said: Vec::new() } }
+        Self { expected, known: false, company: false, now: Now::Down { since: now, said: Vec::new() } }
     }
 
     pub(super) fn is_up(&self) -> bool {
         matches!(self.now, Now::Up)
     }
 
-    /// Whether there may be other proxies of which nothing is heard.
+    /// Whether there may be other proxies of which nothing is heard: there were, or it could never be used although
+    /// somebody says that it is there.
     pub(super) fn is_alone(&self) -> bool {
-        (self.expected || self.known) && !self.is_up()
+        !self.is_up() && (self.company || self.expected && !self.known)
+    }
+
+    /// So many other proxies were heard of late.
+    pub(super) fn hears(&mut self, peers: u64) {
+        self.company |= peers > 0;
     }
 
     /// It has taken what was to be told, and has answered.
@@ -119,7 +127,13 @@ mod tests {
         assert!(!redis.is_alone());
         assert_eq!(redis.works(3), Some(News::Found));
         assert_eq!(redis.fails(4, "refused"), Some(News::Lost));
-        assert!(redis.is_alone(), "there was one, so there may be others");
+        assert!(!redis.is_alone(), "nobody else was there");
+        redis.works(5);
+        redis.hears(1);
+        redis.hears(0);
+        assert!(!redis.is_alone());
+        redis.fails(6, "refused");
+        assert!(redis.is_alone(), "there were others, so there may be");
     }
 
     #[test]
@@ -128,5 +142,7 @@ mod tests {
         assert!(redis.is_alone() && !redis.is_up());
         assert_eq!(redis.works(3), Some(News::Found));
         assert!(!redis.is_alone() && redis.is_up());
+        redis.fails(4, "reset");
+        assert!(!redis.is_alone(), "there it was by itself");
     }
 }

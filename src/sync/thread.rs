@@ -349,6 +349,7 @@ impl Exchange {
         self.ear = None;
         self.warm = None;
         self.sent = None;
+        self.standing.hears(self.parts.figures.peers.load(Ordering::Relaxed));
         let news = self.standing.fails(self.clock.millis(), reason);
         self.tell_standing();
         let redis = &self.address;
