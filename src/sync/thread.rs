@@ -213,10 +213,8 @@ impl Exchange {
         };
         self.kept = None;
         while !self.is_over() {
-            if self.tell(&mut link)? {
-                self.works();
-            }
-            self.listen(&mut link)?;
+            let taken = self.tell(&mut link)?;
+            self.listen(&mut link, taken)?;
             self.replica.expire(self.clock.millis());
         }
         self.link = Some(link);
@@ -275,15 +273,16 @@ impl Exchange {
         (0..MOST_BATCHES).map_while(|_| self.replica.compose(now)).collect()
     }
 
-    /// Takes in what is added, until the next batches are due.
-    fn listen(&mut self, link: &mut Link) -> Result<(), Trouble> {
+    /// Takes in what is added, until the next batches are due, and at least once: with a Redis that takes longer than
+    /// an interval to answer they are due already. If it has `taken` what it was told, and answers here as well, it is
+    /// in use: who may write there need not be allowed to read.
+    fn listen(&mut self, link: &mut Link, mut taken: bool) -> Result<(), Trouble> {
         loop {
-            let now = self.clock.millis();
-            let left = self.next.saturating_sub(now);
-            if left == 0 || self.is_over() {
-                return Ok(());
-            }
+            let left = self.next.saturating_sub(self.clock.millis());
             let entries = link.read(self.last, left.min(MOST_BLOCK_MS))?;
+            if std::mem::take(&mut taken) {
+                self.works();
+            }
             let complete = entries.len() < PAGE;
             let now = self.clock.millis();
             for entry in entries {
@@ -297,6 +296,9 @@ impl Exchange {
             if complete {
                 self.warm = None;
             }
+            if now >= self.next || self.is_over() {
+                return Ok(());
+            }
         }
     }
 
@@ -307,7 +309,7 @@ impl Exchange {
         }
     }
 
-    /// Redis has taken what was told.
+    /// Redis has taken what was told, and lets us read.
     fn works(&mut self) {
         self.failures = 0;
         let news = self.standing.works(self.clock.millis());
