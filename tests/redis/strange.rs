@@ -116,6 +116,24 @@ variants! {
         assert_eq!((figure(&first, "losses"), figure(&second, "losses")), (0.0, 0.0));
     }
 
+    /// Its clock was right when it was asked, and then set back by thirty years: ids of the stream are what counts.
+    fn a_redis_whose_clock_was_set_back_is_heard(v: Variant) {
+        let redis = redis();
+        let workers: Vec<_> = (0..3).map(|_| worker().start()).collect();
+        let earlier = Other::before(redis.address(), |answer| {
+            // what TIME answers begins with seconds of ten digits, of which the first is a 1
+            if let Some(rest) = answer.strip_suffix(b"\r\n")
+                && let Some(at) = rest.windows(10).position(|seen| seen == b"*2\r\n$10\r\n1")
+            {
+                answer[at + 9] = b'2';
+            }
+        });
+        let [first, second] = [(); 2].map(|()| on(v, &earlier.url(), &workers).start());
+        for proxy in [&first, &second] {
+            eventually("they hear each other", || is_up(proxy) && peers(proxy) == 1);
+        }
+    }
+
     /// It takes what it is told: that alone is no use of it, and nothing to be lost again and again.
     fn a_redis_that_may_only_be_written_is_not_used(v: Variant) {
         let redis = redis();
@@ -200,14 +218,22 @@ impl Other {
         })
     }
 
-    /// Passes everything on, but answers late.
+    /// Passes everything on, the answers late.
     fn far_from(redis: (Ipv4Addr, u16)) -> Self {
-        const LATE: Duration = Duration::from_millis(30);
+        Self::before(redis, |_| {
+            let (_silent, clock) = mpsc::channel::<()>();
+            // nothing comes: it is for the time that it takes
+            clock.recv_timeout(Duration::from_millis(30)).unwrap_or_default();
+        })
+    }
+
+    /// Passes everything on, and does something to answers.
+    fn before(redis: (Ipv4Addr, u16), change: fn(&mut [u8])) -> Self {
         Self::serving(move |client| {
             let server = TcpStream::connect(redis).unwrap();
             let (asks, answers) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            thread::spawn(move || pass(asks, server, Duration::ZERO));
-            thread::spawn(move || pass(answers, client, LATE));
+            thread::spawn(move || pass(asks, server, |_| ()));
+            thread::spawn(move || pass(answers, client, change));
         })
     }
 
@@ -246,13 +272,11 @@ impl Drop for End<'_> {
     }
 }
 
-/// Copies from one connection to the other, each piece so late, until one of them ends.
-fn pass(mut from: TcpStream, mut to: TcpStream, late: Duration) {
-    let (_silent, clock) = mpsc::channel::<()>();
+/// Copies from one connection to the other, until one of them ends.
+fn pass(mut from: TcpStream, mut to: TcpStream, change: fn(&mut [u8])) {
     let mut buffer = [0; 1 << 16];
     while let Ok(1..) = from.read(&mut buffer).and_then(|length| {
-        // nothing comes: it is for the time that it takes
-        clock.recv_timeout(late).unwrap_or_default();
+        change(&mut buffer[..length]);
         to.write_all(&buffer[..length]).map(|()| length)
     }) {}
     // an error means that it has ended already
