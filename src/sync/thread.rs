@@ -5,8 +5,8 @@
 //! what others tell. The interval is kept by our own monotonic clock.
 //!
 //! Redis may do anything at any time. What goes wrong ends the connection, is said once, and is tried again with
-//! growing pauses; shards notice nothing but that they hear no more of the others. Nothing is kept for the
-//! time after: what shards tell meanwhile stays in the journal as far as there is room.
+//! growing pauses; shards notice nothing but that they hear no more of the others. Of what shards tell
+//! meanwhile the journal keeps the latest for the time after, as far as there is room.
 
 use std::{
     any::Any,
@@ -47,7 +47,7 @@ const KEEP_MS: u64 = 60_000;
 /// Pauses between attempts to reach Redis.
 const PAUSES: Backoff = Backoff { initial_ms: 100, max_ms: 5000, multiplier: 2.0, jitter: 0.25 };
 
-/// While Redis is away, peers are looked after this often, in milliseconds.
+/// While Redis is away, peers and the room in the journal are looked after this often, in milliseconds.
 const LOOK_MS: u64 = 250;
 
 /// What the thread is made of.
@@ -350,7 +350,9 @@ impl Exchange {
 
     fn tell_standing(&self) {
         self.parts.figures.up.store(self.standing.is_up(), Ordering::Relaxed);
-        self.parts.shared.journal.set_alone(self.standing.is_alone());
+        let journal = &self.parts.shared.journal;
+        journal.set_alone(self.standing.is_alone());
+        journal.set_muted(!self.standing.is_up() && !self.standing.is_alone());
     }
 
     /// A fault of ours (or of the client's) costs what is known of the peers, not the proxy: all begins anew, behind
@@ -376,7 +378,10 @@ impl Exchange {
             let look = left.min(LOOK_MS);
             left -= look;
             match self.orders.recv_timeout(Duration::from_millis(look)) {
-                Err(mpsc::RecvTimeoutError::Timeout) => self.replica.expire(self.clock.millis()),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.replica.expire(self.clock.millis());
+                    self.replica.make_room();
+                }
                 _ => return,
             }
         }

@@ -114,6 +114,7 @@ variants! {
             }
         });
         assert_eq!((figure(&first, "losses"), figure(&second, "losses")), (0.0, 0.0));
+        assert!(figure(&first, "lag_seconds") >= 0.03, "{}", figure(&first, "lag_seconds"));
     }
 
     /// Its clock was right when it was asked, and then set back by thirty years: ids of the stream are what counts.

@@ -664,20 +664,6 @@ fn a_common_limit_is_divided_by_what_is_told_and_kept_while_nothing_is_heard() {
 }
 
 #[test]
-fn the_lag_is_that_of_the_own_batch() {
-    let (mut a, mut stream) = (Proxy::new(1, 1), Vec::new());
-    (0..200).for_each(|at| a.tell(at * HEARTBEAT_MS, &mut stream));
-    assert_eq!(a.replica.under_way.len(), MOST_UNDER_WAY);
-    a.replica.receive(200 * HEARTBEAT_MS, 0, &stream[198]);
-    assert_eq!(figure(&a.figures.lag_micros), 2 * HEARTBEAT_MS * 1000);
-    a.replica.receive(201 * HEARTBEAT_MS, 0, &stream[3]);
-    assert_eq!(figure(&a.figures.lag_micros), 2 * HEARTBEAT_MS * 1000, "of an old one nothing is known");
-    a.replica.receive(201 * HEARTBEAT_MS, 0, &stream[199]);
-    assert_eq!((figure(&a.figures.lag_micros), a.replica.under_way.len()), (2 * HEARTBEAT_MS * 1000, 0));
-    assert_eq!((figure(&a.figures.peers), figure(&a.figures.bytes_received)), (0, 0));
-}
-
-#[test]
 fn the_stream_is_as_long_as_its_bytes_allow() {
     let mut a = Proxy::with_stream(1, 1, 100_000_000);
     assert!((50_000..100_000).contains(&a.replica.stream_entries()), "before any was seen");
