@@ -42,6 +42,13 @@ const ENTRY_OVERHEAD: u64 = 100;
 /// What an entry is taken for until some were seen, in bytes.
 const ENTRY_BYTES: f64 = 1024.0;
 
+/// Entries that the stream has room for, whatever it may take: so that who reads it is not overtaken. The largest are
+/// 8 MiB.
+const LEAST_ENTRIES: u64 = 128;
+
+/// Entries that it may have at most.
+const MOST_ENTRIES: u64 = 1_000_000;
+
 /// Entries that their mean size is taken of, about.
 const MEAN_OF: f64 = 256.0;
 
@@ -250,7 +257,7 @@ impl Replica {
     /// Entries that the stream may have so that it does not take more than [`Parts::stream_bytes`].
     pub fn stream_entries(&self) -> u64 {
         let entries = self.parts.stream_bytes as f64 / self.entry_bytes.max(1.0);
-        (entries as u64).clamp(1000, 1_000_000)
+        (entries as u64).clamp(LEAST_ENTRIES, MOST_ENTRIES)
     }
 
     /// Bytes of the stream that everybody can be expected to have read, whenever they began: half of what is kept, so
