@@ -80,6 +80,7 @@ pub struct Journal {
     interval_ms: u64,
     dropped: AtomicU64,
     alone: AtomicBool,
+    muted: AtomicBool,
 }
 
 /// The interval at which, and beyond which, a third is unknown: see [`Journal::ignorance`].
@@ -92,9 +93,26 @@ impl Journal {
         (Self { sender: Some(sender), interval_ms, ..Self::default() }, receiver)
     }
 
-    /// Events that did not fit.
+    /// Events that did not fit, or gave way to later ones.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// While nobody can be told: of `events`, which are this journal's, the oldest go where more than half of the room
+    /// is taken, so that there is some for the latest.
+    pub fn make_room(&self, events: &Receiver<Event>) {
+        let most = events.capacity().unwrap_or(usize::MAX) / 2;
+        let gone = events.try_iter().take(events.len().saturating_sub(most)).count();
+        self.dropped.fetch_add(gone as u64, Ordering::Relaxed);
+    }
+
+    /// Whether there is nobody to be told, and nobody missed: then nothing is kept or counted.
+    pub fn set_muted(&self, muted: bool) {
+        self.muted.store(muted, Ordering::Relaxed);
+    }
+
+    fn is_kept(&self) -> bool {
+        self.sender.is_some() && !self.muted.load(Ordering::Relaxed)
     }
 
     /// Whether there may be other proxies of which nothing is heard now.
@@ -116,7 +134,7 @@ impl Journal {
 
     /// `prompt` is sent to `worker`.
     pub fn sent(&self, worker: &Worker, prompt: &Prompt) {
-        if self.sender.is_some() && !prompt.chunks().is_empty() {
+        if self.is_kept() && !prompt.chunks().is_empty() {
             let (chunks, tail) = prompt.sparse();
             let density = Density::of(prompt, tail);
             self.write(Event::Sent { worker: worker.id(), density, chunks: chunks.collect() });
@@ -125,7 +143,7 @@ impl Journal {
 
     /// The request of `prompt` on `worker` has ended; what was generated is taken for so many chunks.
     pub fn ended(&self, worker: &Worker, prompt: &Prompt, generated: u64) {
-        if self.sender.is_some()
+        if self.is_kept()
             && let Some(&last) = prompt.chunks().last()
         {
             let (_, tail) = prompt.sparse();
@@ -137,7 +155,9 @@ impl Journal {
 
     /// `worker` has stored the response with this id's hash.
     pub fn stored(&self, worker: &Worker, response: u64) {
-        self.write(Event::Stored { worker: worker.id(), response });
+        if self.is_kept() {
+            self.write(Event::Stored { worker: worker.id(), response });
+        }
     }
 
     fn write(&self, event: Event) {
@@ -207,6 +227,26 @@ mod tests {
         silent.sent(&worker(), &prompt(9));
         silent.stored(&worker(), 1);
         assert_eq!(silent.dropped(), 0);
+    }
+
+    #[test]
+    fn while_nobody_can_be_told_the_latest_are_kept() {
+        let (journal, events) = Journal::open(8, 50);
+        for response in 0..20 {
+            journal.make_room(&events);
+            journal.stored(&worker(), response);
+        }
+        let kept: Vec<_> = events.try_iter().collect();
+        let latest: Vec<_> = (15..20).map(|response| Event::Stored { worker: 0, response }).collect();
+        assert_eq!((kept, journal.dropped()), (latest, 15));
+        journal.set_muted(true);
+        journal.sent(&worker(), &prompt(9));
+        journal.ended(&worker(), &prompt(9), 1);
+        (0..9).for_each(|response| journal.stored(&worker(), response));
+        assert_eq!((events.len(), journal.dropped()), (0, 15), "nobody is missed");
+        journal.set_muted(false);
+        journal.stored(&worker(), 1);
+        assert_eq!(events.len(), 1);
     }
 
     #[test]

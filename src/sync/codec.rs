@@ -33,10 +33,11 @@ pub(super) const LOADS_BYTES: usize = 12 * 1024;
 /// Chunks of a prompt that are told at most.
 pub(super) const MOST_CHUNKS: usize = MAX_CHUNKS.div_ceil(STRIDE);
 
-/// Requests that a proxy can have in flight on a worker, as far as it is believed.
+/// Requests that a proxy can have in flight on a worker. Who tells of more has miscounted (below zero, most likely), and
+/// is taken to have none: to believe in so many would keep everybody away from the worker.
 const MOST_REQUESTS: u64 = 1 << 20;
 
-/// Tokens of them.
+/// Tokens of them, of which the same holds.
 const MOST_TOKENS: u64 = 1 << 40;
 
 const CHUNK: usize = CHUNK_BITS as usize / 8;
@@ -338,9 +339,9 @@ impl<'a> Reader<'a> {
             LOAD => Record::Load {
                 worker: self.worker()?,
                 load: Load {
-                    in_flight: self.number()?.min(MOST_REQUESTS) as u32,
-                    queued_tokens: self.number()?.min(MOST_TOKENS),
-                    decode_tokens: self.number()?.min(MOST_TOKENS),
+                    in_flight: self.number_to(MOST_REQUESTS)? as u32,
+                    queued_tokens: self.number_to(MOST_TOKENS)?,
+                    decode_tokens: self.number_to(MOST_TOKENS)?,
                 },
                 state: State::of_byte(self.byte()?),
                 losses: self.small()?,
@@ -374,6 +375,11 @@ impl<'a> Reader<'a> {
         let (chunks, rest) = self.rest.split_at_checked(bytes).ok_or(Unreadable::Malformed)?;
         self.rest = rest;
         Ok(Chunks(chunks.as_chunks().0))
+    }
+
+    /// A number that is at most so large, else 0.
+    fn number_to(&mut self, most: u64) -> Result<u64, Unreadable> {
+        self.number().map(|number| if number <= most { number } else { 0 })
     }
 
     /// A number that is cut where it does not fit.

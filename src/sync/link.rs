@@ -96,17 +96,32 @@ impl Trouble {
     }
 }
 
+/// What time it is where ids come from. Clocks run apart, by seconds a day, and that of Redis may be set back: then ids
+/// stand still until it has caught up. So this one is set anew by every id that is known to be of this moment.
+#[derive(Debug, Clone, Copy)]
+struct RedisClock {
+    /// What it said at `here`, in milliseconds.
+    there: u64,
+    here: Millis,
+}
+
+impl RedisClock {
+    /// How long ago something was given this id, in milliseconds; 0 for what seems to come from the future.
+    fn age_ms(self, now: Millis, id: Id) -> u64 {
+        self.there.saturating_add(now.saturating_sub(self.here)).saturating_sub(id.ms)
+    }
+}
+
 /// A connection to a Redis that has answered.
 pub(super) struct Link {
     connection: Connection,
-    /// What the clock of Redis said at `opened`, in milliseconds.
-    redis_ms: u64,
-    opened: Millis,
+    clock: Clock,
+    redis_clock: RedisClock,
 }
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link").field("opened", &self.opened).finish_non_exhaustive()
+        f.debug_struct("Link").field("redis_clock", &self.redis_clock).finish_non_exhaustive()
     }
 }
 
@@ -119,7 +134,8 @@ impl Link {
         let connection = Client::open(address.info.clone())?.get_connection_with_timeout(CONNECT)?;
         connection.set_read_timeout(Some(CONNECT))?;
         connection.set_write_timeout(Some(WRITE))?;
-        let mut link = Self { connection, redis_ms: 0, opened: 0 };
+        let redis_clock = RedisClock { there: 0, here: 0 };
+        let mut link = Self { connection, clock, redis_clock };
         let mut introduction = pipe();
         introduction.cmd("CLIENT").arg("SETNAME").arg("vllm-proxy").cmd("TIME");
         let [_named, time] = link.answers(&introduction)?;
@@ -129,8 +145,8 @@ impl Link {
             _ => None,
         };
         let (Some(seconds), Some(micros)) = (number(0), number(1)) else { return Err(Trouble::nonsense()) };
-        link.redis_ms = seconds.saturating_mul(1000).saturating_add(micros / 1000);
-        link.opened = clock.millis();
+        let there = seconds.saturating_mul(1000).saturating_add(micros / 1000);
+        link.redis_clock = RedisClock { there, here: clock.millis() };
         link.connection.set_read_timeout(Some(READ))?;
         Ok(link)
     }
@@ -138,8 +154,7 @@ impl Link {
     /// How long ago an entry was added, in milliseconds, by the clock of Redis alone; 0 for what seems to come from
     /// the future.
     pub(super) fn age_ms(&self, now: Millis, id: Id) -> u64 {
-        let there = self.redis_ms.saturating_add(now.saturating_sub(self.opened));
-        there.saturating_sub(id.ms)
+        self.redis_clock.age_ms(now, id)
     }
 
     /// Adds batches to the stream, which is cut to about so many entries, and `create`d if it is not there. Returns the
@@ -166,6 +181,9 @@ impl Link {
                 Value::BulkString(id) => Some(Id::parse(&id).ok_or_else(Trouble::nonsense)?),
                 _ => return Err(Trouble::nonsense()),
             };
+        }
+        if let Some(id) = last {
+            self.redis_clock = RedisClock { there: id.ms, here: self.clock.millis() };
         }
         Ok(last)
     }
@@ -311,6 +329,23 @@ mod tests {
         let id = |text: &str| Id::parse(text.as_bytes()).unwrap();
         assert!(id("9-9") < id("10-0") && id("10-9") < id("10-10") && Id::default() < id("0-1"));
         assert_eq!(id("1700000000000-3").to_string(), "1700000000000-3");
+    }
+
+    #[test]
+    fn an_entry_is_as_old_as_the_clock_of_redis_says() {
+        let id = |ms| Id { ms, sequence: 0 };
+        let mut clock = RedisClock { there: 1_000_000, here: 50 };
+        assert_eq!([clock.age_ms(50, id(999_000)), clock.age_ms(250, id(999_000))], [1000, 1200]);
+        assert_eq!([clock.age_ms(60, id(1_000_020)), clock.age_ms(60, id(u64::MAX))], [0, 0]);
+        assert_eq!(clock.age_ms(u64::MAX, id(0)), u64::MAX);
+        // a day later that clock is four seconds behind ours, or was set back by an hour and its ids stand still
+        let day = 86_400_000;
+        for there in [1_000_000 + day - 4000, 1_000_000] {
+            assert!(clock.age_ms(50 + day, id(there)) >= 4000);
+            clock = RedisClock { there, here: 50 + day };
+            assert_eq!(clock.age_ms(60 + day, id(there)), 10);
+            clock = RedisClock { there: 1_000_000, here: 50 };
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod standing;
 mod thread;
 
 /// Events of shards that may wait for the sync thread, two per request: those of an absence of Redis of 8 s at 1,000
-/// requests a second. With the chunks of 12,000 tokens each they take 4 MB.
+/// requests a second; of a longer one the last 4 to 8 s. With the chunks of 12,000 tokens each they take 4 MB.
 pub const EVENTS: usize = 16_384;
 
 pub use quota::{Claim, Quota};

@@ -5,8 +5,8 @@
 //! takes in what others tell. The interval is kept by our own monotonic clock.
 //!
 //! Redis may do anything at any time. What goes wrong ends the connection, is said once, and is tried again with
-//! growing pauses; shards notice nothing but that they hear no more of the others. Nothing is kept for the
-//! time after: what shards tell meanwhile stays in the journal as far as there is room.
+//! growing pauses; shards notice nothing but that they hear no more of the others. Of what shards tell
+//! meanwhile the journal keeps the latest for the time after, as far as there is room.
 
 use std::{
     any::Any,
@@ -48,7 +48,7 @@ const KEEP_MS: u64 = 60_000;
 /// Pauses between attempts to reach Redis.
 const PAUSES: Backoff = Backoff { initial_ms: 100, max_ms: 5000, multiplier: 2.0, jitter: 0.25 };
 
-/// While Redis is away, peers are looked after this often, in milliseconds.
+/// While Redis is away, peers and the room in the journal are looked after this often, in milliseconds.
 const LOOK_MS: u64 = 250;
 
 /// What the thread is made of.
@@ -137,6 +137,8 @@ struct Exchange {
     last: Id,
     /// The stream is not there, and is to be made.
     create: bool,
+    /// Redis has taken what it was told, and nothing was read since.
+    taken: bool,
     /// When the stream's life was prolonged; `None`: not on this connection.
     kept: Option<Millis>,
     /// When the next batches are due.
@@ -177,6 +179,7 @@ impl Exchange {
             failures: 0,
             last: Id::default(),
             create: false,
+            taken: false,
             kept: None,
             next: 0,
             sent: None,
@@ -218,9 +221,7 @@ impl Exchange {
         };
         self.kept = None;
         while !self.is_over() {
-            if self.tell(&mut link)? {
-                self.works();
-            }
+            self.taken |= self.tell(&mut link)?;
             self.listen(&link)?;
             self.replica.expire(self.clock.millis());
         }
@@ -286,7 +287,8 @@ impl Exchange {
         (0..MOST_BATCHES).map_while(|_| self.replica.compose(now)).collect()
     }
 
-    /// Takes in what is added, until the next batches are due.
+    /// Takes in what is added, until the next batches are due, and at least one page of it: with a Redis that takes longer
+    /// than an interval to answer they are due already.
     fn listen(&mut self, link: &Link) -> Result<(), Trouble> {
         let ear = match self.ear.take() {
             Some(ear) => ear,
@@ -294,10 +296,11 @@ impl Exchange {
         };
         loop {
             let left = self.next.saturating_sub(self.clock.millis());
-            if left == 0 || self.is_over() {
-                break;
-            }
             let Some(page) = ear.next(Duration::from_millis(left))? else { break };
+            // it takes what it is told, and answers here as well: who may write there need not be allowed to read
+            if std::mem::take(&mut self.taken) {
+                self.works();
+            }
             let now = self.clock.millis();
             for entry in page.entries {
                 // before it is taken in: what cannot be is not read again
@@ -309,6 +312,9 @@ impl Exchange {
             }
             if page.complete {
                 self.warm = None;
+            }
+            if now >= self.next || self.is_over() {
+                break;
             }
         }
         self.ear = Some(ear);
@@ -327,7 +333,7 @@ impl Exchange {
         }
     }
 
-    /// Redis has taken what was told.
+    /// Redis has taken what was told, and lets us read.
     fn works(&mut self) {
         self.failures = 0;
         let news = self.standing.works(self.clock.millis());
@@ -348,6 +354,7 @@ impl Exchange {
         self.link = None;
         self.ear = None;
         self.warm = None;
+        self.taken = false;
         self.sent = None;
         self.standing.hears(self.parts.figures.peers.load(Ordering::Relaxed));
         let news = self.standing.fails(self.clock.millis(), reason);
@@ -370,7 +377,9 @@ impl Exchange {
 
     fn tell_standing(&self) {
         self.parts.figures.up.store(self.standing.is_up(), Ordering::Relaxed);
-        self.parts.shared.journal.set_alone(self.standing.is_alone());
+        let journal = &self.parts.shared.journal;
+        journal.set_alone(self.standing.is_alone());
+        journal.set_muted(!self.standing.is_up() && !self.standing.is_alone());
     }
 
     /// A fault of ours (or of the client's) costs what is known of the peers, not the proxy: all begins anew, behind
@@ -396,7 +405,10 @@ impl Exchange {
             let look = left.min(LOOK_MS);
             left -= look;
             match self.orders.recv_timeout(Duration::from_millis(look)) {
-                Err(mpsc::RecvTimeoutError::Timeout) => self.replica.expire(self.clock.millis()),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.replica.expire(self.clock.millis());
+                    self.replica.make_room();
+                }
                 _ => return,
             }
         }

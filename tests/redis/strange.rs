@@ -1,16 +1,18 @@
-//! What is no news of ours, and what is no Redis.
+//! What is no news of ours, what is no Redis, and a Redis that is far away or half closed.
 
 use std::{
     io::{Read, Write},
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
     },
     thread,
+    time::Duration,
 };
 
-use crate::redis::{PROMPTS, figure, is_up, known_again, of_others, on, peers, together};
+use crate::redis::{PROMPTS, ask, chat, figure, is_up, known_again, of_others, on, peers, together};
 use crate::support::{Gate, Io, NEWS, Variant, client, eventually, redis, variants, worker};
 
 variants! {
@@ -85,6 +87,72 @@ variants! {
         });
     }
 
+    /// An answer takes longer than an interval: what others tell is read nevertheless, however much there is to tell.
+    fn a_redis_that_is_far_away_is_heard(v: Variant) {
+        let redis = redis();
+        let workers: Vec<_> = (0..2).map(|_| worker().start()).collect();
+        let far = Other::far_from(redis.address());
+        let [first, second] =
+            [(); 2].map(|()| on(v, &far.url(), &workers).arg("--sync-interval-ms", "5").start());
+        let (over, heard) = (AtomicBool::new(false), || figure(&first, "received_events"));
+        thread::scope(|scope| {
+            // the scope waits for its threads, however this ends
+            let _end = End(&over);
+            for mut client in [first.client(), first.client()] {
+                let over = &over;
+                scope.spawn(move || {
+                    while !over.load(Ordering::SeqCst) {
+                        client.send(client::post("/v1/chat/completions", chat("Count", &["to ten"])));
+                        client.response().expect(200);
+                    }
+                });
+            }
+            eventually("they hear each other", || is_up(&first) && peers(&first) == 1 && peers(&second) == 1);
+            for round in 1..=5 {
+                ask(&second, "Count", &["to ten"]);
+                eventually("it is heard under load", || heard() >= f64::from(2 * round));
+            }
+        });
+        assert_eq!((figure(&first, "losses"), figure(&second, "losses")), (0.0, 0.0));
+        assert!(figure(&first, "lag_seconds") >= 0.03, "{}", figure(&first, "lag_seconds"));
+    }
+
+    /// Its clock was right when it was asked, and then set back by thirty years: ids of the stream are what counts.
+    fn a_redis_whose_clock_was_set_back_is_heard(v: Variant) {
+        let redis = redis();
+        let workers: Vec<_> = (0..3).map(|_| worker().start()).collect();
+        let earlier = Other::before(redis.address(), |answer| {
+            // what TIME answers begins with seconds of ten digits, of which the first is a 1
+            if let Some(rest) = answer.strip_suffix(b"\r\n")
+                && let Some(at) = rest.windows(10).position(|seen| seen == b"*2\r\n$10\r\n1")
+            {
+                answer[at + 9] = b'2';
+            }
+        });
+        let [first, second] = [(); 2].map(|()| on(v, &earlier.url(), &workers).start());
+        for proxy in [&first, &second] {
+            eventually("they hear each other", || is_up(proxy) && peers(proxy) == 1);
+        }
+    }
+
+    /// It takes what it is told: that alone is no use of it, and nothing to be lost again and again.
+    fn a_redis_that_may_only_be_written_is_not_used(v: Variant) {
+        let redis = redis();
+        let user = ["SETUSER", "me", "on", ">p", "~vllm-proxy:*", "+xadd", "+xrange", "+pexpire", "+time"];
+        redis.ask::<()>(&[&["ACL"][..], &user].concat());
+        let worker = [worker().start()];
+        let proxy = on(v, &redis.url_of("me:p", 0), &worker).start();
+        let refused = || {
+            let stats = redis.ask::<String>(&["INFO", "commandstats"]);
+            let xread = stats.lines().find(|line| line.starts_with("cmdstat_xread:"));
+            let rejected = xread.and_then(|line| line.split_once("rejected_calls=")?.1.split(',').next());
+            rejected.map_or(0, |count| count.parse::<u32>().unwrap())
+        };
+        eventually("it was tried thrice", || refused() >= 3);
+        assert_eq!((is_up(&proxy), figure(&proxy, "losses")), (false, 0.0));
+        proxy.client().chat("m").expect(200);
+    }
+
     /// A port that was mistyped, or somebody who is not who he says.
     fn what_answers_and_is_no_redis_is_not_used(v: Variant) {
         let worker = [worker().start()];
@@ -133,7 +201,7 @@ fn a_panic_of_the_sync_thread_costs_what_it_knew_of_others_and_no_request() {
     proxy.client().chat("m").expect(200);
 }
 
-/// Something that says the same to everybody, and hangs up.
+/// Somebody else at the place of a Redis.
 struct Other {
     port: u16,
     count: Arc<AtomicUsize>,
@@ -142,7 +210,35 @@ struct Other {
 }
 
 impl Other {
+    /// Says the same to everybody, and hangs up.
     fn start(answer: &'static [u8]) -> Self {
+        Self::serving(move |mut connection| {
+            // who is not heard out resets the connection before he reads
+            let heard = connection.read(&mut [0; 4096]).and_then(|_| connection.write_all(answer));
+            drop(heard);
+        })
+    }
+
+    /// Passes everything on, the answers late.
+    fn far_from(redis: (Ipv4Addr, u16)) -> Self {
+        Self::before(redis, |_| {
+            let (_silent, clock) = mpsc::channel::<()>();
+            // nothing comes: it is for the time that it takes
+            clock.recv_timeout(Duration::from_millis(30)).unwrap_or_default();
+        })
+    }
+
+    /// Passes everything on, and does something to answers.
+    fn before(redis: (Ipv4Addr, u16), change: fn(&mut [u8])) -> Self {
+        Self::serving(move |client| {
+            let server = TcpStream::connect(redis).unwrap();
+            let (asks, answers) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            thread::spawn(move || pass(asks, server, |_| ()));
+            thread::spawn(move || pass(answers, client, change));
+        })
+    }
+
+    fn serving(serve: impl Fn(TcpStream) + Send + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let (count, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
@@ -153,10 +249,7 @@ impl Other {
                     break;
                 }
                 counts.fetch_add(1, Ordering::SeqCst);
-                let mut connection = connection;
-                // who is not heard out resets the connection before he reads
-                let heard = connection.read(&mut [0; 4096]).and_then(|_| connection.write_all(answer));
-                drop(heard);
+                serve(connection);
             }
         });
         Self { port, count, over, thread: Some(thread) }
@@ -169,6 +262,27 @@ impl Other {
     fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
+}
+
+/// Says that it is over.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Copies from one connection to the other, until one of them ends.
+fn pass(mut from: TcpStream, mut to: TcpStream, change: fn(&mut [u8])) {
+    let mut buffer = [0; 1 << 16];
+    while let Ok(1..) = from.read(&mut buffer).and_then(|length| {
+        change(&mut buffer[..length]);
+        to.write_all(&buffer[..length]).map(|()| length)
+    }) {}
+    // an error means that it has ended already
+    to.shutdown(Shutdown::Both).ok();
+    from.shutdown(Shutdown::Both).ok();
 }
 
 impl Drop for Other {

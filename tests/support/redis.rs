@@ -133,6 +133,12 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
+    /// Where it listens.
+    pub(crate) fn address(&self) -> (Ipv4Addr, u16) {
+        self.told.set(true);
+        (Ipv4Addr::LOCALHOST, self.port)
+    }
+
     /// Its URL, of this user (`user:password`) and database.
     pub(crate) fn url_of(&self, user: &str, database: u32) -> String {
         self.told.set(true);

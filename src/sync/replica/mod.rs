@@ -1,7 +1,6 @@
 //! One proxy's part in the exchange of news, as values.
 
 use std::{
-    collections::VecDeque,
     fmt,
     sync::{
         Arc,
@@ -43,16 +42,15 @@ const ENTRY_OVERHEAD: u64 = 100;
 /// What an entry is taken for until some were seen, in bytes.
 const ENTRY_BYTES: f64 = 1024.0;
 
-/// Entries that the stream may have at least and at most, whatever their size: what is told within a second or two, and
-/// what a newcomer can read in the time that it has.
-const LEAST_ENTRIES: u64 = 64;
+/// Entries that the stream has room for, whatever it may take: so that who reads it is not overtaken. The largest are
+/// 8 MiB.
+const LEAST_ENTRIES: u64 = 128;
+
+/// Entries that it may have at most.
 const MOST_ENTRIES: u64 = 1_000_000;
 
 /// Entries that their mean size is taken of, about.
 const MEAN_OF: f64 = 256.0;
-
-/// Own batches at most of which is known when they were composed, until they are read again.
-const MOST_UNDER_WAY: usize = 64;
 
 /// Links that are followed for the prompts of one batch at most: those of ten thousand ordinary ones. A batch that
 /// names the longest prompt again and again costs no more.
@@ -89,8 +87,6 @@ pub struct Replica {
     sequence: u64,
     /// When the last batch was composed.
     composed_at: Option<Millis>,
-    /// Number of own batches and when they were composed, ascending.
-    under_way: VecDeque<(u64, Millis)>,
     anew: Anew,
     tour: Tour,
     /// What did not fit into the last batch.
@@ -158,7 +154,6 @@ impl Replica {
             ancestry: Ancestry::default(),
             sequence: 1,
             composed_at: None,
-            under_way: VecDeque::with_capacity(MOST_UNDER_WAY),
             anew: Anew::Settled,
             tour: Tour::default(),
             left_over: None,
@@ -190,10 +185,6 @@ impl Replica {
         }
         self.sequence += 1;
         self.composed_at = Some(now);
-        if self.under_way.len() == MOST_UNDER_WAY {
-            self.under_way.pop_front();
-        }
-        self.under_way.push_back((header.sequence, now));
         let batch = batch.finish();
         count(&self.parts.figures.bytes_sent, batch.len() as u64);
         count(&self.parts.figures.events_sent, events);
@@ -217,7 +208,7 @@ impl Replica {
             self.ancestry.clear();
         }
         if header.instance == self.parts.instance {
-            self.echoed(now, &header);
+            self.echoed(&header);
             self.read(now, reader, true, &mut None);
             // what is claimed is this proxy's from here on, as far as others have left it in the stream up to here
             self.settle(now);
@@ -241,6 +232,11 @@ impl Replica {
         self.peers.expire(now);
         self.publish();
         self.settle(now);
+    }
+
+    /// Nothing can be told now: of what is to be told the oldest goes, so that there is room for the latest.
+    pub fn make_room(&self) {
+        self.parts.shared.journal.make_room(&self.parts.events);
     }
 
     /// The stream was not there any more when the last batch was to be added: what was told before nobody can read.
@@ -358,17 +354,7 @@ impl Replica {
     }
 
     /// One of our own batches was read again.
-    fn echoed(&mut self, now: Millis, header: &Header) {
-        while let Some(&(sequence, composed_at)) = self.under_way.front() {
-            if sequence > header.sequence {
-                break;
-            }
-            self.under_way.pop_front();
-            if sequence == header.sequence {
-                let lag = now.saturating_sub(composed_at).saturating_mul(1000);
-                self.parts.figures.lag_micros.store(lag, Relaxed);
-            }
-        }
+    fn echoed(&mut self, header: &Header) {
         if let Anew::Told(told) = self.anew {
             self.anew = match header.sequence {
                 sequence if sequence < told => self.anew,
