@@ -28,22 +28,12 @@ pub(super) struct Peer {
 struct Heard {
     load: Load,
     state: Option<State>,
-    /// Losses of the cache of its server; of the first rank only.
-    losses: Option<u32>,
 }
 
 impl Peer {
     /// Takes over what it thinks of the worker at `position`; returns what it thought before.
     pub(super) fn thinks(&mut self, position: usize, state: State) -> Option<State> {
         self.at(position).state.replace(state)
-    }
-
-    /// Takes over how often it has seen the cache of the server whose first rank is at `position` lost; true if
-    /// that is once more than it said before.
-    pub(super) fn counts_losses(&mut self, position: usize, losses: u32) -> bool {
-        let before = self.at(position).losses.replace(losses);
-        // counts go round; one that begins anew is a new worker by the same name
-        before.is_some_and(|before| losses.wrapping_sub(before).cast_signed() > 0)
     }
 
     /// Takes over what it claims of the common limit.
@@ -59,10 +49,34 @@ impl Peer {
     }
 }
 
+/// How often a proxy has seen the caches of workers lost. Unlike what it has running that stays true when it is old:
+/// what was sent before a loss is not there, whoever begins to read when.
+#[derive(Debug, Default)]
+pub(super) struct Losses {
+    /// Of the batch that was read last.
+    sequence: u64,
+    /// By position in the fleet, of the first rank of a server only; shorter where it has said nothing of the rest.
+    counts: Vec<Option<u32>>,
+}
+
+impl Losses {
+    /// Takes over the count of the server whose first rank is at `position`; true if that is more than it said before.
+    pub(super) fn grow(&mut self, position: usize, losses: u32) -> bool {
+        if self.counts.len() <= position {
+            self.counts.resize(position + 1, None);
+        }
+        let before = self.counts[position].replace(losses);
+        // counts go round; one that begins anew is a new worker by the same name
+        before.is_some_and(|before| losses.wrapping_sub(before).cast_signed() > 0)
+    }
+}
+
 /// The peers that are heard.
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     by_instance: HashMap<u64, Peer>,
+    /// Also of proxies that are not heard any more.
+    losses: HashMap<u64, Losses>,
     /// By position in the fleet.
     sums: Vec<Sum>,
     /// Positions whose sum has changed since it was asked for.
@@ -124,6 +138,27 @@ impl Peers {
         self.by_instance.insert(instance, peer);
     }
 
+    /// What the proxy that has sent a batch with this number has told of losses before; to be given back with
+    /// [`Peers::put_losses`]. `None`: the batch was read before.
+    pub(super) fn take_losses(&mut self, instance: u64, sequence: u64) -> Option<Losses> {
+        let mut losses = match self.losses.get(&instance) {
+            Some(known) if sequence <= known.sequence => return None,
+            Some(_) => self.losses.remove(&instance)?,
+            None => Losses::default(),
+        };
+        losses.sequence = sequence;
+        Some(losses)
+    }
+
+    /// Gives back what was told of losses.
+    pub(super) fn put_losses(&mut self, instance: u64, losses: Losses) {
+        if self.losses.len() >= MOST_PEERS {
+            // most of them are of proxies that are long gone; who is there says it again
+            self.losses.clear();
+        }
+        self.losses.insert(instance, losses);
+    }
+
     /// Takes over what a peer has running on the worker at `position`, which is in the fleet.
     pub(super) fn set_load(&mut self, peer: &mut Peer, position: usize, load: Load) {
         let old = std::mem::replace(&mut peer.at(position).load, load);
@@ -166,6 +201,11 @@ impl Peers {
             for (sum, heard) in self.sums.iter_mut().zip(&peer.workers) {
                 sum.replace(Load::default(), heard.load);
             }
+        }
+        for losses in self.losses.values_mut() {
+            let count =
+                |from: &Option<usize>| from.and_then(|from| losses.counts.get(from).copied().flatten());
+            losses.counts = moved.from.iter().map(count).collect();
         }
         self.sums.iter_mut().for_each(|sum| sum.changed = true);
         self.changed = (0..self.sums.len()).collect();

@@ -17,7 +17,7 @@ use crate::{
         Claim, Quota,
         ancestry::Ancestry,
         codec::{Chunks, Header, MOST_CHUNKS, Reader, Record, State, Unreadable, Writer},
-        peers::{Peer, Peers},
+        peers::{Losses, Peer, Peers},
         roster::Roster,
     },
     telemetry::metrics::SyncFigures,
@@ -133,6 +133,15 @@ struct Tour {
     claim: Option<Claim>,
 }
 
+/// Another proxy, of which a batch is being read.
+#[derive(Debug, Default)]
+struct Other {
+    /// `None`: what it says is not of now, or not heard; only losses, prompts and responses count.
+    peer: Option<Peer>,
+    /// `None`: the batch was read before.
+    losses: Option<Losses>,
+}
+
 /// What was told of a worker.
 type Told = (Load, State, u32);
 
@@ -192,8 +201,8 @@ impl Replica {
     }
 
     /// Takes in an entry of the stream, one after the other, own ones included. `age_ms`: how long ago it was added, as
-    /// far as is known: of what is older than a peer's life only prompts count. What cannot be read is counted and
-    /// skipped.
+    /// far as is known: of what is older than a peer's life only what was sent, stored and lost counts. What cannot be
+    /// read is counted and skipped.
     pub fn receive(&mut self, now: Millis, age_ms: u64, entry: &[u8]) {
         self.follow_fleet();
         let bytes = entry.len() as u64 + ENTRY_OVERHEAD;
@@ -209,16 +218,23 @@ impl Replica {
         }
         if header.instance == self.parts.instance {
             self.echoed(&header);
-            self.read(now, reader, true, &mut None);
+            self.read(now, reader, &mut None);
             // what is claimed is this proxy's from here on, as far as others have left it in the stream up to here
             self.settle(now);
             return;
         }
         count(&self.parts.figures.bytes_received, entry.len() as u64);
-        let mut peer = self.peers.take(header.instance, header.sequence, now, age_ms);
-        self.read(now, reader, false, &mut peer);
+        let Header { instance, sequence, .. } = header;
+        let peer = self.peers.take(instance, sequence, now, age_ms);
+        let losses = self.peers.take_losses(instance, sequence);
+        let mut other = Some(Other { peer, losses });
+        self.read(now, reader, &mut other);
+        let Other { peer, losses } = other.unwrap_or_default();
         if let Some(peer) = peer {
-            self.peers.put(header.instance, peer);
+            self.peers.put(instance, peer);
+        }
+        if let Some(losses) = losses {
+            self.peers.put_losses(instance, losses);
         }
         if header.farewell {
             self.peers.remove(header.instance);
@@ -365,9 +381,11 @@ impl Replica {
         }
     }
 
-    /// Takes in the records of a batch, whose worth depends on whose they are: own ones only say what the others know
-    /// now, and of a peer that is not heard only prompts and responses count.
-    fn read(&mut self, now: Millis, mut reader: Reader<'_>, own: bool, peer: &mut Option<Peer>) {
+    /// Takes in the records of a batch, whose worth depends on whose they are: own ones (`None`), and those that were read
+    /// before, only say what the others know now.
+    fn read(&mut self, now: Millis, mut reader: Reader<'_>, other: &mut Option<Other>) {
+        let own = other.is_none();
+        let new = other.as_ref().is_some_and(|other| other.losses.is_some());
         self.named.clear();
         self.links_left = MOST_LINKS;
         let mut events = 0;
@@ -383,34 +401,34 @@ impl Replica {
             match record {
                 Record::Worker(key) => self.named.push(self.roster.by_key(key)),
                 Record::Load { worker, load, state, losses } => {
-                    if let (Some(position), Some(peer)) = (self.position(worker), peer.as_mut()) {
-                        self.hear(now, peer, position, (load, state, losses));
+                    if let (Some(position), Some(other)) = (self.position(worker), other.as_mut()) {
+                        self.hear(now, other, position, (load, state, losses));
                     }
                 }
                 Record::Slots(claim) if own => self.own_claim = Some(claim),
                 Record::Slots(claim) => {
-                    if let Some(peer) = peer {
+                    if let Some(peer) = other.as_mut().and_then(|other| other.peer.as_mut()) {
                         peer.claims(claim);
                     }
                 }
                 Record::Sent { worker, density, parent, chunks } => {
-                    self.sent(self.position(worker).filter(|_| !own), density, parent, chunks);
+                    self.sent(self.position(worker).filter(|_| new), density, parent, chunks);
                     events += 1;
                 }
                 Record::Ended { worker, density, last, generated } => {
-                    self.ended(self.position(worker).filter(|_| !own), density, last, generated);
+                    self.ended(self.position(worker).filter(|_| new), density, last, generated);
                     events += 1;
                 }
                 Record::Stored { worker, response } => {
                     let worker = self.position(worker).and_then(|position| self.roster.worker(position));
-                    if let Some(worker) = worker.filter(|_| !own) {
+                    if let Some(worker) = worker.filter(|_| new) {
                         self.parts.stored.put(response, worker.id());
                     }
                     events += 1;
                 }
             }
         }
-        if !own {
+        if new {
             count(&self.parts.figures.events_received, events);
         }
     }
@@ -420,19 +438,22 @@ impl Replica {
         self.named.get(number).copied().flatten()
     }
 
-    /// A peer tells of a worker.
-    fn hear(&mut self, now: Millis, peer: &mut Peer, position: usize, (load, state, losses): Told) {
-        self.peers.set_load(peer, position, load);
-        let before = peer.thinks(position, state);
-        if let Some(worker) = self.roster.worker(position) {
-            advise(worker, before, state, now);
+    /// Another proxy tells of a worker.
+    fn hear(&mut self, now: Millis, other: &mut Other, position: usize, (load, state, losses): Told) {
+        if let Some(peer) = &mut other.peer {
+            self.peers.set_load(peer, position, load);
+            let before = peer.thinks(position, state);
+            if let Some(worker) = self.roster.worker(position) {
+                advise(worker, before, state, now);
+            }
         }
-        if peer.counts_losses(self.roster.server_of(position), losses) {
+        let server = self.roster.server_of(position);
+        if other.losses.as_mut().is_some_and(|before| before.grow(server, losses)) {
             self.roster.lost_elsewhere(position);
         }
     }
 
-    /// A prompt was sent to the worker at `position`; `None`: by ourselves, or it is none of ours.
+    /// A prompt was sent to the worker at `position`; `None`: that is known, or it is none of ours.
     fn sent(&mut self, position: Option<usize>, density: Density, parent: Option<u64>, chunks: Chunks<'_>) {
         let mut before = parent.unwrap_or(0);
         for chunk in chunks.iter() {

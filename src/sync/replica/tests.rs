@@ -357,6 +357,31 @@ fn a_cache_that_one_saw_lost_is_lost_for_all_once() {
 }
 
 #[test]
+fn what_was_sent_before_a_cache_was_lost_is_not_there_for_a_newcomer() {
+    let (mut a, mut stream) = (Proxy::new(1, 2), Vec::new());
+    let (before, after) = (prompt(16), prompt(16));
+    a.shared.journal.sent(&a.worker(1), &before);
+    a.tell(0, &mut stream);
+    a.worker(1).cache_lost();
+    a.tell(1, &mut stream);
+    a.shared.journal.sent(&a.worker(1), &after);
+    a.tell(2, &mut stream);
+    let mut newcomer = Proxy::new(2, 2);
+    for _ in 0..2 {
+        stream.iter().for_each(|entry| newcomer.replica.receive(60_000, 60_000, entry));
+        newcomer.replica.expire(60_000);
+        assert_eq!([newcomer.depth(1, &before), newcomer.depth(1, &after)], [0, 16]);
+        assert_eq!(newcomer.worker(1).cache_generation(), 1, "once, however often it is read");
+        assert_eq!(figure(&newcomer.figures.events_received), 2);
+    }
+    // who was not heard for a while may tell then what it saw meanwhile
+    a.worker(1).cache_lost();
+    a.tell(FULL_MS, &mut stream);
+    newcomer.replica.receive(120_000, 0, stream.last().unwrap());
+    assert_eq!(newcomer.worker(1).cache_generation(), 2);
+}
+
+#[test]
 fn ranks_of_a_server_lose_their_caches_together_and_once() {
     const WORKER: &str = "http://a:1";
     let ranks = || {
@@ -396,7 +421,7 @@ fn what_was_added_long_ago_says_nothing_of_now_but_of_prompts() {
 }
 
 #[test]
-fn a_batch_that_comes_twice_or_late_counts_for_its_prompts_only() {
+fn a_batch_that_comes_twice_or_late_does_not_count() {
     let (mut a, mut b) = (Proxy::new(1, 1), Puppet::new(2));
     let worker = a.worker(0);
     let batches = [3, 1].map(|in_flight| b.runs(&worker, in_flight, WELL, 0));
