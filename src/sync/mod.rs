@@ -2,7 +2,7 @@
 //!
 //! Every proxy adds its news to one capped stream, a batch per interval, and reads what all of them have added, its
 //! own batches included: so all of them see the same things in the same order. A [`Replica`] is what one of them makes
-//! of it, without a socket or a clock; the link is the thread that carries its batches to Redis and back.
+//! of it, without a socket or a clock; [`start`] starts the thread that carries its batches to Redis and back.
 //!
 //! What is in a batch: the load of workers as this proxy counts it and what it thinks of their state, as absolute
 //! figures that need no history; which prompts were sent where; who has stored a response. Redis may lose any of
