@@ -143,7 +143,7 @@ struct Exchange {
     kept: Option<Millis>,
     /// When the next batches are due.
     next: Millis,
-    /// Our last batch, and when it was sent, in microseconds.
+    /// The first of our batches that was not read again yet, and when it was sent, in microseconds.
     sent: Option<(Id, u64)>,
     /// Dropped when there is nothing to wait for any more.
     warm: Option<mpsc::Sender<Infallible>>,
@@ -244,6 +244,7 @@ impl Exchange {
     fn read_from_start(&mut self) {
         self.last = Id::default();
         self.ear = None;
+        self.sent = None;
     }
 
     /// Adds what there is to tell; true if Redis has taken something. A server that may only be read answers, too.
@@ -275,7 +276,7 @@ impl Exchange {
             // another stream has taken the place of the one that was read, and its clock is behind
             self.read_from_start();
         }
-        self.sent = Some((id, micros));
+        self.sent.get_or_insert((id, micros));
         if self.kept.is_none_or(|kept| now.saturating_sub(kept) >= KEEP_MS) {
             link.keep()?;
             self.kept = Some(now);
@@ -306,7 +307,7 @@ impl Exchange {
                 // before it is taken in: what cannot be is not read again
                 self.last = entry.id;
                 self.replica.receive(now, link.age_ms(now, entry.id), &entry.batch);
-                if self.sent.is_some_and(|(id, _)| id == entry.id) {
+                if self.sent.is_some_and(|(id, _)| id <= entry.id) {
                     self.heard_ourselves();
                 }
             }
