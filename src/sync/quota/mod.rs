@@ -116,7 +116,10 @@ impl Quota {
         let (id, heard) = own;
         // as a newcomer asks: for what is free
         let unheard = Claim { held: 0, wanted: self.most };
-        let mut all: Vec<(u64, Claim)> = peers.iter().copied().filter(|peer| peer.0 != id).collect();
+        // who claims more than there is divides another limit, or has miscounted
+        let divides = |peer: &(u64, Claim)| peer.0 != id && peer.1.held <= self.limit;
+        let mut all: Vec<(u64, Claim)> = peers.iter().copied().filter(divides).collect();
+        let hears_nobody = all.is_empty();
         let others: u64 = all.iter().map(|peer| u64::from(peer.1.held)).sum();
         all.push((id, heard.unwrap_or(unheard)));
         // the slots that are left over go by this order, which is the same for all
@@ -140,7 +143,7 @@ impl Quota {
         let claimed = fair.min(free).min(state.told).min(state.heard.unwrap_or(0));
         let part = match heard {
             // Others do not know what this one takes.
-            None if peers.is_empty() => state.part,
+            None if hears_nobody => state.part,
             None => 0,
             Some(_) if before.is_none() => state.part.min(claimed),
             Some(_) if fair < state.part => fair,

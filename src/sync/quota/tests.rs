@@ -104,6 +104,21 @@ fn of_two_who_claim_the_same_slots_the_first_has_them() {
 }
 
 #[test]
+fn who_claims_more_than_there_is_takes_nothing_from_the_others() {
+    let admission = admission(0, 10, 100);
+    let quota = Quota::new(10, admission.clone());
+    // it has counted below zero, or divides a larger limit
+    let odd = [(2, claim(u32::MAX, u32::MAX)), (3, claim(11, 11))];
+    let first = quota.claim();
+    quota.settle(0, (1, Some(first)), &odd);
+    assert_eq!(admission.slots(), Some(10));
+    let all = [odd[0], odd[1], (4, claim(5, 10))];
+    let _running = run(&admission, 10);
+    quota.settle(50, (1, Some(quota.claim())), &all);
+    assert_eq!(admission.slots(), Some(5), "and who divides the same one has its part");
+}
+
+#[test]
 fn what_is_on_its_way_only_shrinks() {
     let admission = admission(0, 100, 100);
     let quota = Quota::new(100, admission.clone());
