@@ -80,8 +80,10 @@ impl From<RedisError> for Trouble {
         let text = match error.kind() {
             _ if error.is_timeout() => "no answer in time".to_owned(),
             // the client hides what the server said of it
+            ErrorKind::Parse | ErrorKind::UnexpectedReturnType => return Self::nonsense(),
             ErrorKind::AuthenticationFailed => "user or password is refused".to_owned(),
             _ => match error.code() {
+                Some(code @ "WRONGTYPE") => format!("{code} the key {KEY} is something else"),
                 Some(code) => format!("{code} {}", error.detail().unwrap_or_default()),
                 None => error.to_string(),
             },

@@ -21,6 +21,8 @@ pub(super) struct Peer {
     claim: Option<Claim>,
     /// By position in the fleet; shorter where it has said nothing of the rest.
     workers: Vec<Heard>,
+    /// Whether it has named a worker of ours; `None`: it has named none yet.
+    shares: Option<bool>,
 }
 
 /// What a peer says of a worker.
@@ -31,6 +33,19 @@ struct Heard {
 }
 
 impl Peer {
+    /// It has named workers, one or more of which are ours or not. True if that makes it a stranger, who was none
+    /// before: one with another fleet, or with other names for the same.
+    pub(super) fn names(&mut self, ours: bool) -> bool {
+        let before = self.shares;
+        self.shares = Some(ours || before == Some(true));
+        before.is_none() && !ours
+    }
+
+    /// Whether it may have workers of ours; who has none has nothing to do with this proxy.
+    fn is_ours(&self) -> bool {
+        self.shares != Some(false)
+    }
+
     /// Takes over what it thinks of the worker at `position`; returns what it thought before.
     pub(super) fn thinks(&mut self, position: usize, state: State) -> Option<State> {
         self.at(position).state.replace(state)
@@ -112,7 +127,7 @@ impl Sum {
 
 impl Peers {
     pub(super) fn len(&self) -> usize {
-        self.by_instance.len()
+        self.by_instance.values().filter(|peer| peer.is_ours()).count()
     }
 
     /// The peer that has sent a batch with this number, `age_ms` ago; to be given back with [`Peers::put`]. `None`:
@@ -188,7 +203,8 @@ impl Peers {
     /// What the peers claim of the common limit, by instance, in any order.
     pub(super) fn claims(&self, claims: &mut Vec<(u64, Claim)>) {
         claims.clear();
-        claims.extend(self.by_instance.iter().filter_map(|(&instance, peer)| Some((instance, peer.claim?))));
+        let ours = self.by_instance.iter().filter(|(_, peer)| peer.is_ours());
+        claims.extend(ours.filter_map(|(&instance, peer)| Some((instance, peer.claim?))));
     }
 
     /// The workers are elsewhere now.

@@ -45,6 +45,9 @@ const MOST_BATCHES: usize = 64;
 /// How often the stream's life is prolonged, in milliseconds.
 const KEEP_MS: u64 = 60_000;
 
+/// After so long in use it is not tried the more rarely for what was before, in milliseconds.
+const STEADY_MS: u64 = 5000;
+
 /// Pauses between attempts to reach Redis.
 const PAUSES: Backoff = Backoff { initial_ms: 100, max_ms: 5000, multiplier: 2.0, jitter: 0.25 };
 
@@ -131,8 +134,10 @@ struct Exchange {
     link: Option<Link>,
     /// What is read, from behind `last` on.
     ear: Option<Ear>,
-    /// Attempts in a row that have failed.
+    /// Attempts in a row that have failed, or did not last.
     failures: u32,
+    /// Since when Redis is in use; only of use while it is.
+    used_since: Millis,
     /// The last entry that was read.
     last: Id,
     /// The stream is not there, and is to be made.
@@ -177,6 +182,7 @@ impl Exchange {
             link: None,
             ear: None,
             failures: 0,
+            used_since: 0,
             last: Id::default(),
             create: false,
             taken: false,
@@ -261,6 +267,9 @@ impl Exchange {
         let mut added = link.add(&batches, entries, self.create)?;
         if added.is_none() && !batches.is_empty() && !self.create {
             // what was told before is not there either, and what peers tell from now on is all that there is
+            if self.last != Id::default() {
+                tracing::info!(redis = %self.address, "what proxies have told is not in Redis any more; it is told anew");
+            }
             self.replica.begin_anew();
             self.create = true;
             self.read_from_start();
@@ -336,7 +345,9 @@ impl Exchange {
 
     /// Redis has taken what was told, and lets us read.
     fn works(&mut self) {
-        self.failures = 0;
+        if !self.standing.is_up() {
+            self.used_since = self.clock.millis();
+        }
         let news = self.standing.works(self.clock.millis());
         self.tell_standing();
         let redis = &self.address;
@@ -351,7 +362,9 @@ impl Exchange {
 
     /// Redis is not used until it is tried again.
     fn failed(&mut self, reason: &str) {
-        self.failures = self.failures.saturating_add(1);
+        let now = self.clock.millis();
+        let lasted = self.standing.is_up() && now.saturating_sub(self.used_since) >= STEADY_MS;
+        self.failures = if lasted { 1 } else { self.failures.saturating_add(1) };
         self.link = None;
         self.ear = None;
         self.warm = None;

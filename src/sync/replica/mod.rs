@@ -101,6 +101,8 @@ pub struct Replica {
     /// What was claimed of the common limit when that was read again last.
     own_claim: Option<Claim>,
     claims: Vec<(u64, Claim)>,
+    /// It was said that there is one who shares nothing with us.
+    met_stranger: bool,
 }
 
 /// Whether others have been told that the stream has begun anew. Until that is read again in the stream, nothing
@@ -172,6 +174,7 @@ impl Replica {
             links_left: MOST_LINKS,
             own_claim: None,
             claims: Vec::new(),
+            met_stranger: false,
         }
     }
 
@@ -430,6 +433,17 @@ impl Replica {
         }
         if new {
             count(&self.parts.figures.events_received, events);
+        }
+        let ours = self.named.iter().any(Option::is_some);
+        if let Some(peer) = other.as_mut().and_then(|other| other.peer.as_mut())
+            && !self.named.is_empty()
+            && peer.names(ours)
+            && !std::mem::replace(&mut self.met_stranger, true)
+        {
+            tracing::warn!(
+                "another proxy on this Redis names none of this proxy's workers; with it nothing is shared (the \
+                 same worker needs the same URL everywhere)"
+            );
         }
     }
 

@@ -489,6 +489,26 @@ fn a_peer_that_has_counted_below_zero_keeps_nobody_away() {
 }
 
 #[test]
+fn who_names_none_of_our_workers_is_no_peer() {
+    let mut a = Proxy::new(1, 1);
+    let (ours, theirs) = (a.worker(0).key(), 0xdead);
+    let mut other = Puppet::new(2);
+    let mut peers_after = |keys: &[u64]| {
+        let load = Load { in_flight: 3, ..Load::default() };
+        let batch = other.says(|batch| {
+            keys.iter().enumerate().for_each(|(at, &key)| assert!(batch.load((at, key), load, WELL, 0)));
+        });
+        a.replica.receive(0, 0, &batch);
+        figure(&a.figures.peers)
+    };
+    assert_eq!(peers_after(&[]), 1, "it may yet name some");
+    assert_eq!(peers_after(&[theirs]), 0);
+    assert_eq!(peers_after(&[]), 0);
+    assert_eq!(peers_after(&[theirs, ours]), 1);
+    assert_eq!(peers_after(&[theirs]), 1, "of ours nothing has changed");
+}
+
+#[test]
 fn only_so_many_peers_are_heard() {
     let mut a = Proxy::new(1, 1);
     let worker = a.worker(0);
