@@ -31,8 +31,8 @@
 //!   given up when the client goes, by the very same code.
 //! * **The sync thread** ([`sync`]) is there where a Redis is used, and the only one that talks to it, with a second
 //!   one that waits there for news: it adds what shards have put into a bounded queue ([`routing::Journal`]), and what
-//!   runs on each worker, to a stream that all proxies read. Nothing waits for it but the start, and that for two
-//!   seconds at most.
+//!   runs on each worker, to a stream that all proxies read. Nothing waits for it but the start, and that for two seconds
+//!   at most.
 //! * **The main thread** starts the others ([`app`]), waits for signals, and ends the process if a shard
 //!   dies. A panic within a connection costs that connection only ([`net::contain`]).
 //!

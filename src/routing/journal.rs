@@ -3,7 +3,10 @@
 //! Shards write into the [`Journal`] and never wait: it is a bounded queue that the sync thread empties
 //! (`crate::sync`). What does not fit is dropped and counted.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::{
+    ops::Deref,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -22,7 +25,7 @@ pub enum Event {
         /// How dense the prompt is.
         density: Density,
         /// What is told of its chunks, in their order; see [`Prompt::sparse`]. Not empty.
-        chunks: Box<[u64]>,
+        chunks: Sparse,
     },
     /// The request of a prompt has ended.
     Ended {
@@ -42,6 +45,36 @@ pub enum Event {
         /// Hash of the response's id.
         response: u64,
     },
+}
+
+/// What is told of a prompt's chunks. The commonest are short, and what one thread allocates and another frees costs both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sparse {
+    /// Of a prompt of up to [`STRIDE`] chunks.
+    One([u64; 1]),
+    /// Of a longer one.
+    Many(Box<[u64]>),
+}
+
+impl Deref for Sparse {
+    type Target = [u64];
+
+    fn deref(&self) -> &[u64] {
+        match self {
+            Self::One(chunk) => chunk,
+            Self::Many(chunks) => chunks,
+        }
+    }
+}
+
+impl FromIterator<u64> for Sparse {
+    fn from_iter<I: IntoIterator<Item = u64>>(chunks: I) -> Self {
+        let mut chunks = chunks.into_iter();
+        match (chunks.next(), chunks.size_hint()) {
+            (Some(only), (0, Some(0))) => Self::One([only]),
+            (first, _) => Self::Many(first.into_iter().chain(chunks).collect()),
+        }
+    }
 }
 
 /// How many chunks a worker's cache holds if all prompts are like this one, and how many chunks its last one stands for.
@@ -206,7 +239,10 @@ mod tests {
         {
             journal.sent(&worker(), &prompt(length));
             let density = Density { quarter_bytes: 16, tail };
-            assert_eq!(events.try_recv(), Ok(Event::Sent { worker: 0, density, chunks: told.into() }));
+            assert_eq!(
+                events.try_recv(),
+                Ok(Event::Sent { worker: 0, density, chunks: told.iter().copied().collect() })
+            );
             journal.ended(&worker(), &prompt(length), 3);
             assert_eq!(
                 events.try_recv(),
@@ -216,6 +252,13 @@ mod tests {
         journal.sent(&worker(), &Prompt::default());
         journal.ended(&worker(), &Prompt::default(), 3);
         assert!(events.is_empty(), "of what is not known nothing is told");
+    }
+
+    #[test]
+    fn a_short_prompt_takes_no_memory_of_its_own() {
+        let told = |chunks: u64| prompt(chunks).sparse().0.collect::<Sparse>();
+        assert!(matches!(told(1), Sparse::One([1])) && matches!(told(4), Sparse::One([4])));
+        assert!(matches!(told(5), Sparse::Many(_)) && told(0).is_empty());
     }
 
     #[test]

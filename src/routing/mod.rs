@@ -10,7 +10,7 @@ mod settings;
 
 pub use crate::vllm::Usage;
 pub use candidates::{Candidates, Terms, Tried};
-pub use journal::{Density, Event, Journal};
+pub use journal::{Density, Event, Journal, Sparse};
 pub use policies::{Definition, Needs, Outcome, POLICIES, Policy, RouteInput, Score, Selection, Shared};
 pub use prefix::{
     CHUNK_BITS, CHUNK_BYTES, CacheSizes, MAX_CHUNKS, MAX_SEATS, Partings, PrefixIndex, Prompt, STRIDE,
