@@ -1,16 +1,13 @@
 //! What a decision costs: hashing a prompt, looking it up, taking it in.
 //!
-//! The goal is 10 µs for a prompt of 12,000 tokens (48 KB) and 16 workers, all together. What is measured is the
-//! thread's CPU time: a decision waits for nothing, so that is its time on a machine of its own, and other
-//! processes on this one do not spoil it.
+//! The goal is 10 µs for a prompt of 12,000 tokens (48 KB) and 16 workers, all together.
+
+mod cpu_time;
 
 use std::{hint::black_box, sync::Barrier, time::Duration};
 
-use criterion::{
-    BatchSize, Criterion, criterion_group, criterion_main,
-    measurement::{Measurement, ValueFormatter, WallTime},
-};
-use rustix::time::{ClockId, clock_gettime};
+use cpu_time::CpuTime;
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use vllm_proxy::{
     routing::{PrefixIndex, Prompt},
     vllm::{Facts, scan_json},
@@ -26,43 +23,6 @@ const WORKERS: usize = 16;
 
 /// Chunks of the system prompt that everything shares.
 const SYSTEM: usize = 16;
-
-/// The CPU time of the thread that measures.
-struct CpuTime;
-
-fn cpu_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
-impl Measurement for CpuTime {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        cpu_time()
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        cpu_time() - start
-    }
-
-    fn add(&self, one: &Duration, other: &Duration) -> Duration {
-        *one + *other
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        WallTime.to_f64(value)
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        WallTime.formatter()
-    }
-}
 
 struct Random(u64);
 
@@ -242,12 +202,12 @@ fn sharing(c: &mut Criterion<CpuTime>) {
             let work = |thread: usize| {
                 let mut scratch = Scratch::default();
                 barrier.wait();
-                let start = cpu_time();
+                let start = cpu_time::now();
                 for turn in 0..times {
                     let request = &requests[(turn as usize * 7 + thread * 13) % requests.len()];
                     scratch.decide(&index, request, "m", &seats);
                 }
-                cpu_time() - start
+                cpu_time::now() - start
             };
             std::thread::scope(|scope| {
                 let work = &work;

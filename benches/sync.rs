@@ -2,17 +2,16 @@
 //!
 //! The goal is 2 µs per event and proxy: then 5,000 requests a second, whoever has them, are 2 % of a core in each
 //! proxy. Most of what hearing takes are misses of the processor's caches: the links of a prompt lie anywhere in
-//! their table, and so do its chunks in the index. Measured is the thread's CPU time, as in `routing`.
+//! their table, and so do its chunks in the index.
+
+mod cpu_time;
 
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use clap::{Args, Command, FromArgMatches};
-use criterion::{
-    Criterion, Throughput, criterion_group, criterion_main,
-    measurement::{Measurement, ValueFormatter, WallTime},
-};
-use rustix::time::{ClockId, clock_gettime};
+use cpu_time::CpuTime;
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vllm_proxy::{
     routing::{Journal, Prompt, Settings, Shared},
     sync::{Parts, Replica},
@@ -26,43 +25,6 @@ const REQUESTS: usize = 50;
 
 /// Conversations that are going on.
 const CONVERSATIONS: usize = 4000;
-
-/// The CPU time of the thread that measures.
-struct CpuTime;
-
-fn cpu_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
-}
-
-impl Measurement for CpuTime {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        cpu_time()
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        cpu_time() - start
-    }
-
-    fn add(&self, one: &Duration, other: &Duration) -> Duration {
-        *one + *other
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        WallTime.to_f64(value)
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        WallTime.formatter()
-    }
-}
 
 /// A proxy without sockets.
 struct Proxy {
@@ -138,13 +100,13 @@ fn telling(c: &mut Criterion<CpuTime>) {
                 a.shared.journal.ended(&worker, prompt, 3);
                 running.push(InFlight::begin(worker, Demand::new(12_000, 6_000)));
             }
-            let start = cpu_time();
+            let start = cpu_time::now();
             let batches: Vec<Vec<u8>> = std::iter::from_fn(|| a.replica.compose(now)).collect();
             batches.iter().for_each(|batch| a.replica.receive(now, 1, batch));
-            let told = cpu_time() - start;
-            let start = cpu_time();
+            let told = cpu_time::now() - start;
+            let start = cpu_time::now();
             batches.iter().for_each(|batch| b.replica.receive(now, 1, batch));
-            let heard = cpu_time() - start;
+            let heard = cpu_time::now() - start;
             if tells { told } else { heard }
         };
         (0..2 * CONVERSATIONS / REQUESTS).for_each(|from| {
