@@ -306,6 +306,22 @@ fn secrets_are_told_nowhere() {
 }
 
 #[test]
+fn what_is_wrong_with_the_address_of_a_redis_is_told_without_its_password() {
+    for (url, reason) in [
+        ("redis://me:tops3cret@host/abc", "(a database is a number from 0)"),
+        ("redis://me:tops3cret@host/1?protocol=resp3", "(a parameter that is not known here)"),
+        ("http://me:tops3cret@host", "(not the URL of a Redis)"),
+        ("redis://tops3cret@host", "(a user without a password; a password alone has a colon before it)"),
+    ] {
+        let by_flag = refused(&[], &["demo", "--redis", url]);
+        let by_variable = refused(&[("VLLM_PXY_REDIS", url)], &["demo"]);
+        for line in [by_flag, by_variable] {
+            assert!(line.contains(reason) && !line.contains("tops3cret"), "{line}");
+        }
+    }
+}
+
+#[test]
 fn unknown_flags_are_refused_with_the_nearest_one() {
     let line = refused(&[], &["--worker-url", "http://a"]);
     assert!(

@@ -222,8 +222,8 @@ fn refused(error: &clap::Error, arguments: &[OsString], environment: Environment
             .try_get_matches_from(arguments)
             .is_err_and(|error| wrong_value(&error) == Some((name, value.clone())));
     let reason = match error.source() {
-        // A URL that is not one is not repeated: there may be a password in it.
-        Some(reason) if !value.contains('@') => format!(" ({reason})"),
+        // A URL that is not one is not repeated: there may be a password in it. What is said of a Redis repeats nothing.
+        Some(reason) if id == "redis" || !value.contains('@') => format!(" ({reason})"),
         _ => String::new(),
     };
     Refused(line(arg, by_flag, &show::shown(id, &value), rule.allowed) + &reason)
