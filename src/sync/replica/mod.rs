@@ -231,7 +231,7 @@ impl Replica {
         let peer = self.peers.take(instance, sequence, now, age_ms);
         let losses = self.peers.take_losses(instance, sequence);
         let mut other = Some(Other { peer, losses });
-        self.read(now, reader, &mut other);
+        let events = self.read(now, reader, &mut other);
         let Other { peer, losses } = other.unwrap_or_default();
         if let Some(peer) = peer {
             self.peers.put(instance, peer);
@@ -243,6 +243,8 @@ impl Replica {
             self.peers.remove(header.instance);
         }
         self.publish();
+        // the last: who sees them counted finds them, and the load that came with them, in use
+        count(&self.parts.figures.events_received, events);
     }
 
     /// Forgets peers that are gone.
@@ -385,8 +387,8 @@ impl Replica {
     }
 
     /// Takes in the records of a batch, whose worth depends on whose they are: own ones (`None`), and those that were read
-    /// before, only say what the others know now.
-    fn read(&mut self, now: Millis, mut reader: Reader<'_>, other: &mut Option<Other>) {
+    /// before, only say what the others know now. Returns how many events were new.
+    fn read(&mut self, now: Millis, mut reader: Reader<'_>, other: &mut Option<Other>) -> u64 {
         let own = other.is_none();
         let new = other.as_ref().is_some_and(|other| other.losses.is_some());
         self.named.clear();
@@ -431,9 +433,6 @@ impl Replica {
                 }
             }
         }
-        if new {
-            count(&self.parts.figures.events_received, events);
-        }
         let ours = self.named.iter().any(Option::is_some);
         if let Some(peer) = other.as_mut().and_then(|other| other.peer.as_mut())
             && !self.named.is_empty()
@@ -445,6 +444,7 @@ impl Replica {
                  same worker needs the same URL everywhere)"
             );
         }
+        if new { events } else { 0 }
     }
 
     /// Position in the fleet of a worker of the batch that is being read; `None`: it is not ours.
