@@ -1,181 +1,106 @@
 #!/usr/bin/env python3
-"""CPU per request of vllm-proxy, nginx and HAProxy, side by side in one run.
+"""Measures proxies side by side, in one run, before the same mock workers.
 
-    cargo build --release --bin vllm-proxy --example mock
-    loadtest/compare.py [--seconds 4] [--rounds 3] [--connections 32] [--case json|sse|all] [--only NAME]
+    cargo build --release --bin vllm-proxy --example mock --example load
+    loadtest/compare.py --quick                       # a minute: ours, nginx, HAProxy and whatever else is there
+    loadtest/compare.py --install --goals --out DIR   # everything, with the routers of PyPI and oha (an hour)
+    loadtest/compare.py vllm-proxy nginx --workload small-json --also before=OTHER/vllm-proxy
 
-Each proxy runs alone on one core (of two, if there are two) between wrk and the same mock worker; the order
-rotates from round to round. The figure is the proxy's own CPU time (schedstat before and after, all its
-threads) divided by the requests that wrk counted: it is what a shared machine spoils least. Compare ratios.
-Needs Debian's `wrk`, `nginx` (or nginx-light) and `haproxy`; a missing one is left out.
+Each target runs alone on one core; load and workers are on the same core, or with --two-cores on the others. The order rotates from
+round to round; figures are medians of the rounds, ± is how far these lie apart. CPU is the target's own (schedstat of all its
+processes before and after), so it is what a shared machine spoils least: compare the ratios. Prints Markdown; progress goes to stderr.
+Needs Debian's `wrk`; targets that are missing are left out. Standard library only.
 """
-import argparse, glob, json, os, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+import argparse, dataclasses, os, sys, time
 
-ARGS = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-ARGS.add_argument("--seconds", type=int, default=4)
-ARGS.add_argument("--rounds", type=int, default=3)
-ARGS.add_argument("--connections", type=int, default=32)
-ARGS.add_argument("--case", default="all", choices=["json", "sse", "all"])
-ARGS.add_argument("--only", action="append", help="measure this one only (may be repeated)")
-ARGS.add_argument("--one-core", action="store_true", help="put wrk and the worker on the proxy's core too")
-ARGS = ARGS.parse_args()
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-TARGET = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), "release")
-CORES = sorted(os.sched_getaffinity(0))
-PROXY_CORE, OTHER_CORE = CORES[0], CORES[0] if ARGS.one_core else CORES[-1]
-STARTED, TMP = [], tempfile.mkdtemp(prefix="compare-")
+from harness import goals, report, rounds, targets, tools, workloads
+from harness.processes import Failed, Processes, built, raise_open_files, tool
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="*", help=f"default: all of {', '.join(targets.BY_NAME)}")
+    parser.add_argument("--workload", action="append", default=[], metavar="NAME", help=f"may be repeated; default: all of {', '.join(workloads.BY_NAME)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=4, help="of one measurement")
+    parser.add_argument("--quick", action="store_true", help=f"one round of a second, of {', '.join(workloads.QUICK)}, without fixed rates")
+    parser.add_argument("--two-cores", action="store_true", help="load and workers on other cores than the target")
+    parser.add_argument("--no-latencies", action="store_true", help="leave out the fixed rates")
+    parser.add_argument("--no-system-calls", action="store_true")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=PATH", help="another build of vllm-proxy, as one more target (may be repeated)")
+    parser.add_argument("--install", action="store_true", help=f"get the routers of PyPI and oha into {targets.CACHE}")
+    parser.add_argument("--out", metavar="DIR", help="write results.json and plots there")
+    parser.add_argument("--goals", action="store_true", help="hold the figures against the goals")
+    parser.add_argument("--list", action="store_true", help="say what targets and workloads there are, and end")
+    asked = parser.parse_args()
+    for name, least, most in (("rounds", 1, 100), ("seconds", 1, 600)):
+        if not least <= getattr(asked, name) <= most:
+            parser.error(f"--{name} is between {least} and {most}")
+    for name in asked.workload:
+        if name not in workloads.BY_NAME:
+            parser.error(f"no workload is named {name}: there are {', '.join(workloads.BY_NAME)}")
+    return asked
 
 
-def start(core, *command, quiet=True):
-    out = open(os.path.join(TMP, os.path.basename(command[0]) + ".log"), "ab")
-    child = subprocess.Popen(["taskset", "-c", str(core), *command], stdout=out, stderr=out)
-    STARTED.append(child)
-    return child
+def say(text):
+    print(text, file=sys.stderr, flush=True)
 
 
-def wait_for(port):
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), 0.2).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    sys.exit(f"nothing listens on port {port}; see {TMP}")
+def listing():
+    for target in targets.TARGETS:
+        print(f"{target.name:18} {target.summary}{'' if target.found() else f' (missing: {target.hint})'}")
+    print()
+    for workload in workloads.WORKLOADS:
+        print(f"{workload.name:18} {workload.summary}")
 
 
-def family(pid):
-    pids = [pid]
-    for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split():
-        pids += family(int(child))
-    return pids
-
-
-def cpu_ns(pid):
-    total = 0
-    for one in family(pid):
-        for task in glob.glob(f"/proc/{one}/task/*/schedstat"):
-            total += int(open(task).read().split()[0])
-    return total
-
-
-def rss_kb(pid):
-    return max(int(line.split()[1]) for one in family(pid) for line in open(f"/proc/{one}/status") if line.startswith("VmHWM"))
-
-
-def nginx(worker, port):
-    conf = os.path.join(TMP, "nginx.conf")
-    open(conf, "w").write(f"""
-daemon off; worker_processes 1; pid {TMP}/nginx.pid; error_log {TMP}/nginx-error.log;
-events {{ worker_connections 4096; }}
-http {{ access_log off; keepalive_requests 1000000000; client_body_temp_path {TMP}/b; proxy_temp_path {TMP}/p;
- fastcgi_temp_path {TMP}/f; uwsgi_temp_path {TMP}/u; scgi_temp_path {TMP}/s;
- upstream w {{ server 127.0.0.1:{worker}; keepalive 1024; keepalive_requests 1000000000; }}
- server {{ listen 127.0.0.1:{port} reuseport; location / {{ proxy_pass http://w; proxy_http_version 1.1;
-  proxy_set_header Connection ""; proxy_buffering off; }} }} }}""")
-    return [shutil.which("nginx") or "/usr/sbin/nginx", "-c", conf, "-e", os.path.join(TMP, "nginx-error.log")]
-
-
-def haproxy(worker, port):
-    conf = os.path.join(TMP, "haproxy.cfg")
-    open(conf, "w").write(f"""
-global
- nbthread 1
- maxconn 4096
-defaults
- mode http
- timeout connect 5s
- timeout client 60s
- timeout server 60s
- http-reuse always
-frontend f
- bind 127.0.0.1:{port}
- default_backend b
-backend b
- server w 127.0.0.1:{worker} pool-max-conn 1024
-""")
-    return [shutil.which("haproxy") or "/usr/sbin/haproxy", "-f", conf]
-
-
-def ours(io):
-    def command(worker, port):
-        return [os.path.join(TARGET, "vllm-proxy"), "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--redis", "none",
-                "--io", io, "--worker-urls", f"http://127.0.0.1:{worker}", "-q"]
-    return command
-
-
-PROXIES = {"nginx": nginx, "haproxy": haproxy, "vllm-proxy": ours("uring"), "vllm-proxy-epoll": ours("epoll")}
-PROXIES = {n: c for n, c in PROXIES.items() if (not ARGS.only or n in ARGS.only) and os.path.exists(c(1, 1)[0])}
-BODIES = {
-    "json": json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 930}], "max_tokens": 16}, separators=(",", ":")),
-    "sse": json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 930}], "stream": True}, separators=(",", ":")),
-}
-
-
-def wrk(port, case, seconds):
-    lua = os.path.join(TMP, f"{case}.lua")
-    open(lua, "w").write(f"""wrk.method = "POST"; wrk.path = "/v1/chat/completions"
-wrk.headers["Content-Type"] = "application/json"; wrk.headers["Authorization"] = "Bearer none"
-wrk.body = [==[{BODIES[case]}]==]
-done = function(s, l, r)
- local e = s.errors
- print(string.format("RESULT %d %d %d", s.requests, s.duration, e.connect + e.read + e.write + e.status + e.timeout)) end""")
-    out = subprocess.run(["taskset", "-c", str(OTHER_CORE), "wrk", "-t1", f"-c{ARGS.connections}", f"-d{seconds}s", "-s", lua,
-                          f"http://127.0.0.1:{port}/"], capture_output=True, text=True, timeout=seconds + 60).stdout
-    requests, micros, errors = map(int, next(l for l in out.splitlines() if l.startswith("RESULT")).split()[1:])
-    return requests, requests / micros * 1e6, errors
+def also(asked):
+    """Rows of further builds of ours."""
+    for name, path in (word.partition("=")[::2] for word in asked.also):
+        if not os.path.exists(path):
+            raise Failed(f"--also {name}: there is no {path}")
+        ours = targets.BY_NAME["vllm-proxy"]
+        command = lambda place, path=path: [path, *ours.command(place)[1:]]
+        yield dataclasses.replace(ours, name=name, summary=f"another build: {path}", program=lambda path=path: path, command=command)
 
 
 def main():
-    if not shutil.which("wrk"):
-        sys.exit("wrk is missing: apt-get install wrk")
-    worker = free_port()
-    start(OTHER_CORE, os.path.join(TARGET, "examples", "mock"), f"127.0.0.1:{worker}")
-    wait_for(worker)
-    running = {}
-    for name, command in PROXIES.items():
-        port = free_port()
-        running[name] = (start(PROXY_CORE, *command(worker, port)), port)
-        wait_for(port)
-    time.sleep(0.5)
-    table = {}
-    for case in ["json", "sse"] if ARGS.case == "all" else [ARGS.case]:
-        figures = {name: [] for name in running}
-        for turn in range(ARGS.rounds):
-            names = list(running)
-            for name in names[turn % len(names):] + names[:turn % len(names)]:
-                child, port = running[name]
-                wrk(port, case, 1)
-                before = cpu_ns(child.pid)
-                requests, rate, errors = wrk(port, case, ARGS.seconds)
-                used = (cpu_ns(child.pid) - before) / 1000 / max(requests, 1)
-                figures[name].append((used, rate, errors))
-                print(f"  {case} round {turn + 1}: {name:18} {used:8.2f} µs CPU/request {rate:9.0f} requests/s {errors} errors", file=sys.stderr)
-        table[case] = figures
-    base = "nginx" if "nginx" in running else next(iter(running))
-    for case, figures in table.items():
-        reference = statistics.median(used for used, _, _ in figures[base])
-        print(f"\n{case}: {ARGS.connections} connections, median of {ARGS.rounds}\n| proxy | CPU µs/request | ÷ {base} | requests/s | errors | peak RSS MB |\n|---|--:|--:|--:|--:|--:|")
-        for name, rows in figures.items():
-            used = statistics.median(row[0] for row in rows)
-            rate = statistics.median(row[1] for row in rows)
-            print(f"| {name} | {used:.2f} | {used / reference:.2f} | {rate:.0f} | {sum(row[2] for row in rows)} | {rss_kb(running[name][0].pid) / 1024:.1f} |")
+    asked = arguments()
+    if asked.list:
+        return listing()
+    if asked.install:
+        targets.install(say)
+    for name, found, hint in (("wrk", tool("wrk"), "apt-get install wrk"), *((name, os.path.exists(built("examples", name)), f"cargo build --release --example {name}") for name in ("mock", "load"))):
+        if not found:
+            raise Failed(f"{name} is missing: {hint}")
+    if not tools.oha():
+        say("oha is missing: fixed rates are made by `load` instead (--install gets it)")
+    chosen = [*targets.chosen(asked.target, say), *also(asked)]
+    wanted = [workload for workload in workloads.WORKLOADS if workload.name in (asked.workload or (workloads.QUICK if asked.quick else workloads.BY_NAME))]
+    manner = rounds.Manner(1 if asked.quick else asked.rounds, 1 if asked.quick else asked.seconds, one_core=not asked.two_cores,
+                           latencies=not (asked.no_latencies or asked.quick), system_calls=not asked.no_system_calls)
+    results = report.header({**dataclasses.asdict(manner), "open_files": raise_open_files()})
+    results["versions"] |= {target.name: target.says() for target in chosen if target.name != "direct"}
+    progress = rounds.Progress(rounds.plan(chosen, wanted, manner))
+    say(f"{len(wanted)} workloads, {len(chosen)} targets: about {progress.planned / 60:.0f} minutes")
+    began = time.monotonic()
+    try:
+        with Processes("compare") as processes:
+            rounds.run(processes, chosen, wanted, manner, progress, results)
+    finally:
+        # what was measured before an interruption is worth having
+        results["took_seconds"] = round(time.monotonic() - began)
+        print(report.markdown(results))
+        if asked.goals:
+            print("\n### Goals\n", *goals.table(results), sep="\n")
+        if asked.out:
+            say("written: " + ", ".join(report.write(results, asked.out)))
 
 
-try:
-    main()
-finally:
-    for child in STARTED:
-        child.send_signal(signal.SIGTERM)
-    for child in STARTED:
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            child.kill()
-    shutil.rmtree(TMP, ignore_errors=True)
+if __name__ == "__main__":
+    try:
+        main()
+    except Failed as problem:
+        sys.exit(str(problem))
+    except KeyboardInterrupt:
+        sys.exit(130)

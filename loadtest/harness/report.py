@@ -1,0 +1,134 @@
+"""What a run says in the end: tables in Markdown, everything in JSON, and on which machine."""
+import json, os, platform, shlex, subprocess, sys, time
+
+from . import plot
+from .figures import PERCENTILES, ratio, short
+from .processes import ROOT
+
+BASE = "nginx"  # what ratios are to, where it was measured
+
+
+def output(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def machine():
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1])
+    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "allowed_cores": len(os.sched_getaffinity(0)), "memory_mb": memory // 1024,
+            "kernel": platform.release(), "virtual": output("systemd-detect-virt") or ("hypervisor" if "hypervisor" in open("/proc/cpuinfo").read() else "none"),
+            "load_before": [round(load, 2) for load in os.getloadavg()]}
+
+
+def header(settings):
+    """What every results.json begins with."""
+    commit = output("git", "rev-parse", "HEAD")
+    dirty = bool(output("git", "status", "--porcelain", "--untracked-files=no"))
+    return {"command": shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]), "commit": commit + ("+" if dirty else ""), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": machine(), "settings": settings, "versions": {"python": platform.python_version()}, "workloads": {}}
+
+
+def base_of(targets):
+    return BASE if BASE in targets else next(iter(targets))
+
+
+def with_spread(figures, name, digits=3):
+    value, off = figures.get(name), figures.get("spread", {}).get(name)
+    return short(value, digits) + (f" ±{50 * off:.0f} %" if value is not None and off else "")
+
+
+def markdown(results):
+    """All tables of a run."""
+    lines = []
+    for name, workload in results["workloads"].items():
+        lines += section(name, workload)
+    return "\n".join(lines)
+
+
+def section(name, workload):
+    targets = {target: figures for target, figures in workload["targets"].items() if figures.get("closed") or figures.get("idle") or figures.get("problem")}
+    lines = ["", f"### {name}: {workload['summary']}", ""]
+    if any("idle" in figures for figures in targets.values()):
+        lines += ["| target | connections | bytes per connection | RSS at start, MB | peak RSS, MB |", "|---|--:|--:|--:|--:|"]
+        for target, figures in targets.items():
+            idle = figures.get("idle", {})
+            lines.append(f"| {target} | {short(idle.get('idle'), 5)} | {short(idle.get('bytes_per_connection'), 4)} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
+        return lines + problems(targets)
+    base = base_of(targets) if targets else BASE
+    reference = targets.get(base, {}).get("closed", {}).get("cpu_us")
+    streams = any("event_delay_us" in figures.get("closed", {}) for figures in targets.values())
+    per_event = any("cpu_us_per_event" in figures.get("closed", {}) for figures in targets.values())
+    heads = ["target", "CPU µs/request", f"÷ {base}", "requests/s", "system calls" + ("/event" if per_event else "/request"), "peak RSS, MB", "failed"]
+    heads[2:2] = ["CPU µs/event"] if per_event else []
+    heads += ["events/s", "first event p50 / p99, µs", "event delay p50 / p99, µs"] if streams else []
+    lines += [row(heads), "|---|" + "--:|" * (len(heads) - 1)]
+    for target, figures in targets.items():
+        closed = figures.get("closed", {})
+        cells = [target, with_spread(closed, "cpu_us"), short(ratio(closed.get("cpu_us"), reference)), short(closed.get("rate"), 4), short(figures.get("system_calls")),
+                 mb(closed.get("peak_rss_kb")), short(closed.get("failed"), 6)]
+        cells[2:2] = [short(closed.get("cpu_us_per_event"))] if per_event else []
+        cells += [short(closed.get("events_per_second"), 4), pair(closed.get("first_event_us")), pair(closed.get("event_delay_us"))] if streams else []
+        lines.append(row(cells))
+    return lines + problems(targets) + rates(workload["targets"])
+
+
+def rates(targets):
+    """Latency that a target adds to the direct way, at each fixed rate."""
+    measured = [(int(rate), target, figures) for target, whole in targets.items() for rate, figures in whole.get("rates", {}).items() if target != "direct"]
+    if not measured:
+        return []
+    events = any("first_event_us" in figures for _, _, figures in measured)
+    lines = ["", "| offered/s | target | answered/s | added p50 / p99 / p99.9, µs |" + (" first event p50 / p99, µs |" if events else ""), "|--:|---|--:|--:|" + ("--:|" if events else "")]
+    for rate, target, figures in sorted(measured, key=lambda one: one[0]):
+        cells = [rate, target, short(figures.get("rate"), 4), " / ".join(short((figures.get("added_us") or {}).get(name)) for name in PERCENTILES)]
+        lines.append(row(cells + ([pair(figures.get("first_event_us"))] if events else [])))
+    return lines
+
+
+def problems(targets):
+    return [text for target, figures in targets.items() if figures.get("problem") for text in ("", f"{target}: {figures['problem']}")]
+
+
+def row(cells):
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def mb(kb):
+    return "–" if kb is None else f"{kb / 1024:.1f}"
+
+
+def pair(latency):
+    return f"{short(latency.get('p50'))} / {short(latency.get('p99'))}" if latency else "–"
+
+
+def write(results, folder):
+    """results.json and the plots; returns the paths."""
+    os.makedirs(folder, exist_ok=True)
+    files = {"results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n", **plots(results)}
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "w") as file:
+            file.write(content)
+    return [os.path.join(folder, name) for name in files]
+
+
+def plots(results):
+    """SVG files by name: CPU per request of all workloads; added latency over rate of each that has rates."""
+    made, groups = {}, {}
+    for name, workload in results["workloads"].items():
+        cpu = {target: figures["closed"]["cpu_us"] for target, figures in workload["targets"].items() if figures.get("closed", {}).get("cpu_us")}
+        if len(cpu) > 1:
+            reference = cpu[base_of(cpu)]
+            groups[name] = {target: value / reference for target, value in cpu.items()}
+        lines = {percentile: {target: [(int(rate), figures["added_us"][percentile]) for rate, figures in whole.get("rates", {}).items() if percentile in (figures.get("added_us") or {})]
+                              for target, whole in workload["targets"].items() if target != "direct"} for percentile in PERCENTILES}
+        lines = {percentile: {target: points for target, points in of.items() if points} for percentile, of in lines.items()}
+        if any(lines.values()):
+            made[f"latency-{name}.svg"] = plot.lines(f"{name}: latency added to the direct way, µs", "requests per second", lines)
+    if groups:
+        made["cpu.svg"] = plot.bars(f"CPU time per request, {BASE} = 1", groups, limit=2.5)
+    return made
