@@ -14,7 +14,7 @@ Needs Debian's `wrk`; targets that are missing are left out. Standard library on
 import argparse, dataclasses, os, sys, time
 
 from harness import goals, report, rounds, targets, tools, workloads
-from harness.processes import Failed, Processes, built, raise_open_files, tool
+from harness.processes import Failed, Processes, built, open_files, raise_open_files, tool
 
 
 def arguments():
@@ -79,7 +79,8 @@ def main():
     wanted = [workload for workload in workloads.WORKLOADS if workload.name in (asked.workload or (workloads.QUICK if asked.quick else workloads.BY_NAME))]
     manner = rounds.Manner(1 if asked.quick else asked.rounds, 1 if asked.quick else asked.seconds, one_core=not asked.two_cores,
                            latencies=not (asked.no_latencies or asked.quick), system_calls=not asked.no_system_calls)
-    results = report.header({**dataclasses.asdict(manner), "open_files": raise_open_files()})
+    raise_open_files()
+    results = report.header({**dataclasses.asdict(manner), "open_files": open_files()})
     results["versions"] |= {target.name: target.says() for target in chosen if target.name != "direct"}
     progress = rounds.Progress(rounds.plan(chosen, wanted, manner))
     say(f"{len(wanted)} workloads, {len(chosen)} targets: about {progress.planned / 60:.0f} minutes")

@@ -40,19 +40,17 @@ def ratio(value, other):
 
 
 def added(latency, direct):
-    """Percentiles less those of the direct way at the same rate. Not below zero: there is nothing that takes time away."""
+    """Percentiles less those of the direct way at the same rate. Below zero it is noise, and shown."""
     if not latency or not direct:
         return None
-    return {name: max(latency[name] - direct[name], 0.0) for name in PERCENTILES if latency.get(name) is not None and direct.get(name) is not None}
+    return {name: latency[name] - direct[name] for name in PERCENTILES if latency.get(name) is not None and direct.get(name) is not None}
 
 
 def short(value, digits=3):
-    """A number with that many digits that count, and none for nothing."""
+    """A number with about that many digits that count; whole numbers as they are, and a dash for none."""
     if value is None:
         return "–"
-    if value == 0 or abs(value) >= 10 ** (digits - 1):
+    if isinstance(value, int) or abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
-    places = 0
-    while abs(value) * 10 ** places < 10 ** (digits - 1) and places < digits:
-        places += 1
-    return f"{value:.{places}f}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{min(digits - whole, digits)}f}"

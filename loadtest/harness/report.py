@@ -57,7 +57,7 @@ def section(name, workload):
         lines += ["| target | connections | bytes per connection | RSS at start, MB | peak RSS, MB |", "|---|--:|--:|--:|--:|"]
         for target, figures in targets.items():
             idle = figures.get("idle", {})
-            lines.append(f"| {target} | {short(idle.get('idle'), 5)} | {short(idle.get('bytes_per_connection'), 4)} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
+            lines.append(f"| {target} | {short(idle.get('idle'))} | {short(idle.get('bytes_per_connection"))} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
         return lines + problems(targets)
     base = base_of(targets) if targets else BASE
     reference = targets.get(base, {}).get("closed", {}).get("cpu_us")
@@ -69,10 +69,10 @@ def section(name, workload):
     lines += [row(heads), "|---|" + "--:|" * (len(heads) - 1)]
     for target, figures in targets.items():
         closed = figures.get("closed", {})
-        cells = [target, with_spread(closed, "cpu_us"), short(ratio(closed.get("cpu_us"), reference)), short(closed.get("rate"), 4), short(figures.get("system_calls")),
-                 mb(closed.get("peak_rss_kb")), short(closed.get("failed"), 6)]
+        cells = [target, with_spread(closed, "cpu_us"), short(ratio(closed.get("cpu_us"), reference)), short(closed.get("rate")), short(figures.get("system_calls")),
+                 mb(closed.get("peak_rss_kb")), short(closed.get("failed"))]
         cells[2:2] = [short(closed.get("cpu_us_per_event"))] if per_event else []
-        cells += [short(closed.get("events_per_second"), 4), pair(closed.get("first_event_us")), pair(closed.get("event_delay_us"))] if streams else []
+        cells += [short(closed.get("events_per_second")), pair(closed.get("first_event_us")), pair(closed.get("event_delay_us"))] if streams else []
         lines.append(row(cells))
     return lines + problems(targets) + rates(workload["targets"])
 
@@ -85,13 +85,21 @@ def rates(targets):
     events = any("first_event_us" in figures for _, _, figures in measured)
     lines = ["", "| offered/s | target | answered/s | added p50 / p99 / p99.9, µs |" + (" first event p50 / p99, µs |" if events else ""), "|--:|---|--:|--:|" + ("--:|" if events else "")]
     for rate, target, figures in sorted(measured, key=lambda one: one[0]):
-        cells = [rate, target, short(figures.get("rate"), 4), " / ".join(short((figures.get("added_us") or {}).get(name)) for name in PERCENTILES)]
+        cells = [rate, target, short(figures.get("rate")), " / ".join(short((figures.get("added_us") or {}).get(name)) for name in PERCENTILES)]
         lines.append(row(cells + ([pair(figures.get("first_event_us"))] if events else [])))
     return lines
 
 
 def problems(targets):
-    return [text for target, figures in targets.items() if figures.get("problem") for text in ("", f"{target}: {figures['problem']}")]
+    """Lines on what went wrong: a row with failures is not to be compared."""
+    said = []
+    for target, figures in targets.items():
+        closed = figures.get("closed", {})
+        if closed.get("failed"):
+            said += ["", f"{target}: {closed['failed']} failed ({closed.get('first_failure', 'not told why')}), so its figures say nothing"]
+        if figures.get("problem"):
+            said += ["", f"{target}: {figures['problem']}"]
+    return said
 
 
 def row(cells):

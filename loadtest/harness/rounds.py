@@ -102,7 +102,7 @@ def start_workers(processes, workload, manner, stack):
 def start(processes, target, workload, workers, manner, stack):
     if target.name == "direct":
         return Running(target.name, int(workers[0].rsplit(":", 1)[1]))
-    place = Place(processes, workers, free_port(), free_port(), workload.shards, aliases=workload.aliases)
+    place = Place(processes, workers, free_port(), free_port(), workload.large_bodies, workload.shards, aliases=workload.aliases)
     child = processes.start(target.name, *target.command(place), cores=manner.cores(workload)[0])
     stack.callback(processes.end, child)
     processes.wait_for(child, target.name, place.port, target.ready)

@@ -17,13 +17,14 @@ class Workload:
     aliases: tuple = ()          # (alias, model)
     models: tuple = ("m",)       # of the workers, in turn
     shards: int = 1
+    large_bodies: bool = False
     kind: str = "load"           # or "idle"
     all_cores: bool = False      # load and workers on every core, the target on as many as it has shards
 
     @property
     def setup(self):
         """Workloads of which this is equal share workers and targets."""
-        return (self.workers, self.models, self.aliases, self.shards, self.all_cores, self.kind)
+        return (self.workers, self.models, self.aliases, self.shards, self.large_bodies, self.all_cores, self.kind)
 
 
 def paced(gap_ms, events=200):
@@ -32,12 +33,12 @@ def paced(gap_ms, events=200):
 
 WORKLOADS = [
     Workload("small-json", "chat of 1 KB, answer of 300 bytes", "small-json", rates=(500, 2000, 5000)),
-    Workload("prompt-32k", "prompt of 32 KB, plain words", "prompt-32k", rates=(500, 2000)),
-    Workload("escaped-32k", "prompt of 32 KB, source code", "escaped-32k"),
-    Workload("prompt-1m", "prompt of 1 MB, plain words", "prompt-1m", connections=8, rates=(50, 200)),
-    Workload("escaped-1m", "prompt of 1 MB, source code", "escaped-1m", connections=8),
+    Workload("prompt-32k", "prompt of 32 KB, plain words", "prompt-32k", rates=(500, 2000), large_bodies=True),
+    Workload("escaped-32k", "prompt of 32 KB, source code", "escaped-32k", large_bodies=True),
+    Workload("prompt-1m", "prompt of 1 MB, plain words", "prompt-1m", connections=8, rates=(50, 200), large_bodies=True),
+    Workload("escaped-1m", "prompt of 1 MB, source code", "escaped-1m", connections=8, large_bodies=True),
     Workload("embeddings-64", "64 inputs of 200 bytes", "embeddings-64"),
-    Workload("audio-10m", "multipart form with a file of 10 MB", "audio-10m", connections=4),
+    Workload("audio-10m", "multipart form with a file of 10 MB", "audio-10m", connections=4, large_bodies=True),
     Workload("sse", "stream of 200 events at full speed", "sse", tool="load", events=200, flags=paced(0), rates=(100,)),
     Workload("sse-10ms-64", "64 streams, an event every 10 ms", "sse", tool="load", connections=64, events=200, flags=paced(10)),
     Workload("sse-10ms-1000", "1,000 streams, an event every 10 ms", "sse", tool="load", connections=1000, events=200, flags=paced(10)),
