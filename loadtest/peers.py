@@ -15,7 +15,9 @@ The second measures what a shard pays: CPU time (schedstat of the shard's thread
 
 Needs Debian's `wrk` and `redis-server`. Standard library only.
 """
-import argparse, json, os, shutil, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
+import argparse, json, os, socket, statistics, subprocess, sys, time, urllib.request
+
+from harness.processes import Failed, Processes, built, cpu_ns, free_port, tool
 
 ARGS = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ARGS.add_argument("--proxies", type=int, default=2)
@@ -33,10 +35,7 @@ ARGS.add_argument("--flag", action="append", default=[], help="one more flag of 
 ARGS.add_argument("--json", action="store_true")
 ARGS = ARGS.parse_args()
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-TARGET = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), "release")
 CORES = sorted(os.sched_getaffinity(0))
-STARTED, TMP = [], tempfile.mkdtemp(prefix="peers-")
 
 # Chats that grow turn by turn; what they say is made of their number, so that every proxy is told the same ones.
 CHATS = """
@@ -63,50 +62,15 @@ wrk.body = '{"model":"m","messages":[{"role":"user","content":"' .. string.rep("
 """
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(name, *command, core=None):
-    out = open(os.path.join(TMP, name + ".log"), "ab")
-    pinned = ["taskset", "-c", str(core)] if core is not None else []
-    child = subprocess.Popen([*pinned, *command], stdout=out, stderr=out)
-    STARTED.append(child)
+def start(processes, name, port, *command, core=None):
+    child = processes.start(name, *command, cores=core)
+    processes.wait_for(child, name, port)
     return child
 
 
-def wait_for(port):
-    for _ in range(400):
-        try:
-            socket.create_connection(("127.0.0.1", port), 0.2).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    sys.exit(f"nothing listens on port {port}; see {TMP}")
-
-
-def end(child):
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(10)
-    except subprocess.TimeoutExpired:
-        child.kill()
-    STARTED.remove(child)
-
-
-def cpu_ns(pid, thread=None):
-    """CPU time of a process, or of its threads whose name begins so."""
-    total = 0
-    for task in os.listdir(f"/proc/{pid}/task"):
-        try:
-            name = open(f"/proc/{pid}/task/{task}/comm").read().strip()
-            if thread is None or name.startswith(thread):
-                total += int(open(f"/proc/{pid}/task/{task}/schedstat").read().split()[0])
-        except FileNotFoundError:
-            pass
-    return total
+def redis_server(processes, core=None):
+    port = free_port()
+    return start(processes, "redis", port, tool("redis-server"), "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", core=core), port
 
 
 def redis(port, *words):
@@ -129,46 +93,39 @@ def metrics(port):
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line and not line.startswith("#")}
 
 
-def proxy(name, urls, *flags, core=None):
+def proxy(processes, name, urls, *flags, core=None):
     port = free_port()
-    child = start(name, os.path.join(TARGET, "vllm-proxy"), "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--io", ARGS.io,
-                  "--worker-urls", ",".join(urls), "-q", *flags, *ARGS.flag, core=core)
-    wait_for(port)
-    return child, port
+    return start(processes, name, port, built("vllm-proxy"), "--host", "127.0.0.1", "--port", port, "--threads", "1", "--no-pin", "--io", ARGS.io,
+                 "--worker-urls", ",".join(urls), "-q", *flags, *ARGS.flag, core=core), port
 
 
-def mocks(count, core=None):
+def mocks(processes, count, core=None):
     ports = [free_port() for _ in range(count)]
-    for at, port in enumerate(ports):
-        start(f"mock-{at}", os.path.join(TARGET, "examples", "mock"), f"127.0.0.1:{port}", core=core)
     for port in ports:
-        wait_for(port)
+        start(processes, f"mock-{port}", port, built("examples", "mock"), f"127.0.0.1:{port}", core=core)
     return [f"http://127.0.0.1:{port}" for port in ports]
 
 
-def wrk(port, script, seconds, connections, seed, core=None):
-    path = os.path.join(TMP, f"load-{port}.lua")
-    open(path, "w").write(script)
-    pinned = ["taskset", "-c", str(core)] if core is not None else []
-    return subprocess.Popen([*pinned, "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", path, f"http://127.0.0.1:{port}/", "--", str(seed)],
-                            stdout=subprocess.PIPE, text=True)
+def wrk(processes, port, script, seconds, connections, seed, core=None):
+    path = processes.write(f"load-{port}.lua", script)
+    return processes.start("wrk", tool("wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", path, f"http://127.0.0.1:{port}/", "--", seed,
+                           cores=core, stdout=subprocess.PIPE, text=True)
 
 
-def requests_of(load):
+def requests_of(processes, load):
     text = load.communicate()[0]
+    processes.end(load)
     if "Non-2xx" in text or "Socket errors" in text:
         print(text, file=sys.stderr)
     return next(int(line.split()[0]) for line in text.splitlines() if "requests in" in line)
 
 
-def share():
-    rates, urls, results = ARGS.rate or [1000, 5000], mocks(ARGS.workers), []
+def share(processes):
+    rates, urls, results = ARGS.rate or [1000, 5000], mocks(processes, ARGS.workers), []
     for rate in rates:
-        redis_port = free_port()
-        server = start("redis", "redis-server", "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
-        wait_for(redis_port)
+        server, redis_port = redis_server(processes)
         empty = dict(line.split(":", 1) for line in redis(redis_port, "INFO", "memory").decode().split("\r\n") if ":" in line)
-        proxies = [proxy(f"proxy-{at}", urls, "--redis", f"redis://127.0.0.1:{redis_port}") for at in range(ARGS.proxies)]
+        proxies = [proxy(processes, f"proxy-{at}", urls, "--redis", f"redis://127.0.0.1:{redis_port}") for at in range(ARGS.proxies)]
         connections = max(8, min(256, rate // ARGS.proxies // 20))
         fill = dict(new_share=ARGS.new_share, full=ARGS.prompt_bytes, turn=ARGS.turn_bytes, chats=ARGS.chats,
                     delay=1000.0 * connections * ARGS.proxies / rate)
@@ -176,8 +133,8 @@ def share():
         sync0, shard0 = ([cpu_ns(child.pid, name) for child, _ in proxies] for name in ("sync", "shard-"))
         redis0, began = cpu_ns(server.pid), time.monotonic()
         # the same chats at every proxy: what one has begun another goes on with
-        loads = [wrk(port, CHATS % fill, ARGS.seconds, connections, 7) for _, port in proxies]
-        requests, took = sum(requests_of(load) for load in loads), time.monotonic() - began
+        loads = [wrk(processes, port, CHATS % fill, ARGS.seconds, connections, 7) for _, port in proxies]
+        requests, took = sum(requests_of(processes, load) for load in loads), time.monotonic() - began
         time.sleep(0.7)
         after = [metrics(port) for _, port in proxies]
         total = lambda name: sum(a.get(name, 0) - b.get(name, 0) for a, b in zip(after, before))
@@ -203,8 +160,8 @@ def share():
         results.append(result)
         print(json.dumps(result) if ARGS.json else "\n".join(f"{k:32} {v}" for k, v in result.items()) + "\n", flush=True)
         for child, _ in proxies:
-            end(child)
-        end(server)
+            processes.end(child)
+        processes.end(server)
     return results
 
 
@@ -216,20 +173,19 @@ def zip_sum(after, before):
     return names
 
 
-def shards():
-    core, urls, redis_port = CORES[0], mocks(1, CORES[0]), free_port()
-    start("redis", "redis-server", "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", core=CORES[-1])
-    wait_for(redis_port)
+def shards(processes):
+    core = {CORES[0]}
+    urls, (_, redis_port) = mocks(processes, 1, core), redis_server(processes, {CORES[-1]})
     kinds = {"none": "none", "redis": f"redis://127.0.0.1:{redis_port}", "unreachable": f"redis://127.0.0.1:{free_port()}"}
-    running = {kind: proxy(kind, urls, "--redis", url, core=core) for kind, url in kinds.items()}
+    running = {kind: proxy(processes, kind, urls, "--redis", url, core=core) for kind, url in kinds.items()}
     figures = {kind: [] for kind in kinds}
     for turn in range(ARGS.rounds):
         order = list(kinds)[turn % 3:] + list(kinds)[:turn % 3]
         for kind in order:
             child, port = running[kind]
-            requests_of(wrk(port, SMALL, 1, 32, 1, core))
+            requests_of(processes, wrk(processes, port, SMALL, 1, 32, 1, core))
             before, all_before = cpu_ns(child.pid, "shard-"), cpu_ns(child.pid)
-            count = requests_of(wrk(port, SMALL, ARGS.seconds, 32, 1, core))
+            count = requests_of(processes, wrk(processes, port, SMALL, ARGS.seconds, 32, 1, core))
             figures[kind].append(((cpu_ns(child.pid, "shard-") - before) / 1e3 / count, (cpu_ns(child.pid) - all_before) / 1e3 / count))
         print(f"round {turn + 1}: " + ", ".join(f"{kind} {figures[kind][-1][0]:.2f}" for kind in kinds) + " us per request (shard)", flush=True)
     for kind in kinds:
@@ -239,11 +195,10 @@ def shards():
 
 
 try:
-    for tool in ("wrk", "redis-server"):
-        if not shutil.which(tool):
-            sys.exit(f"{tool} is missing: apt-get install {tool}")
-    shards() if ARGS.shards else share()
-finally:
-    for child in list(STARTED):
-        end(child)
-    shutil.rmtree(TMP, ignore_errors=True)
+    for name in ("wrk", "redis-server"):
+        if not tool(name):
+            raise Failed(f"{name} is missing: apt-get install {name}")
+    with Processes("peers") as running:
+        shards(running) if ARGS.shards else share(running)
+except Failed as problem:
+    sys.exit(str(problem))

@@ -10,7 +10,9 @@ prompt tokens were found cached, the proxy's /metrics what it had predicted of i
 The workers need `--enable-prompt-tokens-details` and VLLM_SERVER_DEV_MODE=1, and nobody else's traffic.
 With --url a proxy that runs already is asked instead. Standard library only.
 """
-import argparse, bisect, http.client, json, os, queue, random, signal, socket, subprocess, sys, tempfile, threading, time, urllib.parse
+import argparse, bisect, http.client, json, queue, random, sys, threading, time, urllib.parse
+
+from harness.processes import Failed, Processes, built, free_port
 
 MODES = ["chat", "stream", "text", "ids"]
 ARGS = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,8 +41,6 @@ for name, least, most in [("sessions", 1, 10_000), ("systems", 1, 1000), ("turns
     if not least <= getattr(ARGS, name) <= most:
         sys.exit(f"--{name.replace('_', '-')} is between {least} and {most}")
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-BINARY = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), "release", "vllm-proxy")
 WORDS = """the of and to in is that it was for on are with as be this have from or had by not but some what we can out other were all
 there when use your how said each she which their time if will way about many then them would write like these her long make thing see
 him two has look more day could go come did my sound no most number who over know water than call first people may down side been now
@@ -219,40 +219,31 @@ def print_row(row):
         print(f"  the proxy heard of {row['reported']:.0f} cached tokens, the client of {row['cached']}", file=sys.stderr)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def serves(base):
+    """Whether all workers are known: each has told its models."""
+    try:
+        return json.loads(call(connect(base), "GET", "/v1/models"))["data"] and len(figures(base)["selections"]) >= len(ARGS.worker)
+    except (OSError, RuntimeError, http.client.HTTPException):
+        return False
 
 
-def proxied(policy):
+def proxied(processes, policy):
     """A proxy of its own; returns its process and URL when it serves."""
     port = free_port()
-    log = tempfile.NamedTemporaryFile(prefix="turns-", suffix=".log", delete=False)
-    child = subprocess.Popen([BINARY, "--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--no-pin", "--redis", "none", "--policy", policy,
-                              "--worker-urls", *ARGS.worker, *ARGS.flag], stdout=log, stderr=log)
     base = f"http://127.0.0.1:{port}"
-    for _ in range(200):
-        try:
-            # all of them are known: each has told its models
-            if len(json.loads(call(connect(base), "GET", "/v1/models"))["data"]) and len(figures(base)["selections"]) >= len(ARGS.worker):
-                return child, base
-        except (OSError, RuntimeError, http.client.HTTPException):
-            pass
-        if child.poll() is not None:
-            break
-        time.sleep(0.05)
-    child.kill()
-    sys.exit(f"the proxy does not serve; see {log.name}")
+    child = processes.start(f"proxy-{policy}", built("vllm-proxy"), "--host", "127.0.0.1", "--port", port, "--threads", "1", "--no-pin", "--redis", "none",
+                            "--policy", policy, "--worker-urls", *ARGS.worker, *ARGS.flag)
+    processes.wait_until(child, f"proxy-{policy}", lambda: serves(base))
+    return child, base
 
 
-def main():
+def main(processes):
     modes = ARGS.mode or MODES
     if not ARGS.json:
         print("| policy | mode | requests | failed | prompt tokens | estimate off | reported cached | predicted | off, of prompt | hit rate | requests per worker | s |")
         print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|")
     for policy in ["?"] if ARGS.url else ARGS.policy or ["cache_aware", "round_robin", "consistent_hash"]:
-        child, base = (None, ARGS.url) if ARGS.url else proxied(policy)
+        child, base = (None, ARGS.url) if ARGS.url else proxied(processes, policy)
         try:
             model = ARGS.model or json.loads(call(connect(base), "GET", "/v1/models"))["data"][0]["id"]
             if ARGS.warm:
@@ -267,11 +258,11 @@ def main():
                       f"| {f'{100 * (predicted - cached) / max(prompt, 1):+.2f} %' if rows[0]['estimated_prompt'] and not any(row['failed'] for row in rows) else ''} | {100 * cached / max(prompt, 1):.1f} % | | |", flush=True)
         finally:
             if child:
-                child.send_signal(signal.SIGTERM)
-                try:
-                    child.wait(10)
-                except subprocess.TimeoutExpired:
-                    child.kill()
+                processes.end(child, patience=10)
 
 
-main()
+try:
+    with Processes("turns") as running:
+        main(running)
+except Failed as problem:
+    sys.exit(str(problem))

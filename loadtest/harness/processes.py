@@ -109,16 +109,16 @@ class Processes:
         with open(self.path(f"{name}.log"), errors="replace") as file:
             return " / ".join(file.read().split("\n")[-4:]).strip(" /") or "it has said nothing"
 
-    def wait_for(self, child, name, port, path=None, patience=30):
+    def wait_for(self, child, name, port, path=None):
         """Until the port accepts connections and, if a path is given, answers it with 200."""
+        self.wait_until(child, name, lambda: answers(port, path))
+
+    def wait_until(self, child, name, ready, patience=30):
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if child.poll() is not None:
-                break
-            if answers(port, path):
-                return
+        while not ready():
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"{name} is not ready: {self.said(name)}")
             time.sleep(0.05)
-        raise Failed(f"{name} is not ready: {self.said(name)}")
 
 
 class Failed(Exception):

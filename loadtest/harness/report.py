@@ -57,7 +57,7 @@ def section(name, workload):
         lines += ["| target | connections | bytes per connection | RSS at start, MB | peak RSS, MB |", "|---|--:|--:|--:|--:|"]
         for target, figures in targets.items():
             idle = figures.get("idle", {})
-            lines.append(f"| {target} | {short(idle.get('idle'))} | {short(idle.get('bytes_per_connection"))} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
+            lines.append(f"| {target} | {short(idle.get('idle'))} | {short(idle.get('bytes_per_connection'))} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
         return lines + problems(targets)
     base = base_of(targets) if targets else BASE
     reference = targets.get(base, {}).get("closed", {}).get("cpu_us")

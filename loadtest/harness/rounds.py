@@ -92,7 +92,7 @@ def start_workers(processes, workload, manner, stack):
     workers, (_, others) = [], manner.cores(workload)
     for at in range(workload.workers):
         port = free_port()
-        child = processes.start(f"mock-{at}", built("examples", "mock"), f"127.0.0.1:{port}", cores=others)
+        child = processes.start(f"mock-{at}", built("examples", "mock"), f"127.0.0.1:{port}", "--models", workload.models[at % len(workload.models)], cores=others)
         stack.callback(processes.end, child)
         processes.wait_for(child, f"mock-{at}", port)
         workers.append(f"127.0.0.1:{port}")
