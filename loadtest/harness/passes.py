@@ -3,6 +3,7 @@ import contextlib, functools, json, os, select, signal, subprocess, time
 from dataclasses import dataclass
 
 from . import tools
+from .figures import ratio
 from .processes import Failed, cpu_ns, family, forget_peak, memory_kb, tool
 
 
@@ -10,7 +11,7 @@ from .processes import Failed, cpu_ns, family, forget_peak, memory_kb, tool
 class Running:
     """A target that serves, or something else at an address."""
     name: str
-    port: int
+    address: str                 # HOST:PORT
     pid: int | None = None       # None: nothing is known of the process (the direct way)
     start_rss_kb: int | None = None
 
@@ -18,10 +19,16 @@ class Running:
 def loop(processes, running, workload, seconds, rate=None, **how):
     """What the workload's generator reports: of a closed loop, or of a fixed rate."""
     if rate is None and workload.tool == "wrk":
-        return tools.wrk(processes, running.port, tools.body_of(processes, workload.load), workload.connections, seconds, **how)
+        return tools.wrk(processes, running.address, tools.body_of(processes, workload.load), workload.connections, seconds, **how)
     if rate is not None and workload.tool == "wrk" and tools.oha():
-        return tools.oha_at(processes, running.port, tools.body_of(processes, workload.load), max(workload.connections, 64), seconds, rate, **how)
-    return tools.load(processes, running.port, workload, workload.connections, seconds, rate, **how)
+        return tools.oha_at(processes, running.address, tools.body_of(processes, workload.load), max(workload.connections, 64), seconds, rate, **how)
+    return tools.load(processes, running.address, workload, workload.connections, seconds, rate, **how)
+
+
+def counts(said, workload):
+    """(exchanges, events) of what a generator reports: one that the client left in the middle is an exchange, too."""
+    exchanges = said["requests"] + said.get("aborted", 0)
+    return exchanges, said.get("events") or exchanges * workload.events
 
 
 def closed(processes, running, workload, seconds, **how):
@@ -30,14 +37,11 @@ def closed(processes, running, workload, seconds, **how):
         forget_peak(running.pid)
     before = cpu_ns(running.pid) if running.pid is not None else 0
     said = loop(processes, running, workload, seconds, **how)
+    used_us = (cpu_ns(running.pid) - before) / 1000 if running.pid is not None else None
+    exchanges, events = counts(said, workload)
     figures = {name: said.get(name) for name in ("requests", "rate", "failed", "first_failure", "aborted", "latency_us", "first_event_us", "event_delay_us")}
-    events = said.get("events") or said["requests"] * workload.events
-    if events:
-        figures["events_per_second"] = said["rate"] / max(said["requests"], 1) * events
-    if running.pid is not None:
-        used = (cpu_ns(running.pid) - before) / 1000
-        figures |= {"cpu_us": used / said["requests"] if said["requests"] else None, "cpu_us_per_event": used / events if events else None,
-                    "peak_rss_kb": memory_kb(running.pid, "VmHWM")}
+    figures |= {"events_per_second": ratio(events, said["seconds"]) if events else None, "cpu_us": ratio(used_us, exchanges), "cpu_us_per_event": ratio(used_us, events),
+                "peak_rss_kb": memory_kb(running.pid, "VmHWM") if running.pid is not None else None}
     return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -69,8 +73,8 @@ def system_calls(processes, running, workload, seconds, **how):
         return None
     with open(counted) as file:
         calls = read(file.read())
-    of = said.get("events") or said["requests"] * (workload.events or 1)
-    return calls / of if calls is not None and of else None
+    exchanges, events = counts(said, workload)
+    return ratio(calls, events or exchanges)
 
 
 @contextlib.contextmanager
@@ -117,7 +121,7 @@ def idle(processes, running, workload, **how):
     """Memory of connections that do nothing: what the target has more with them than without, per connection."""
     forget_peak(running.pid)
     before = memory_kb(running.pid)
-    child = processes.start("idle", *tools.load_command(running.port, workload, workload.connections), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **how)
+    child = processes.start("idle", *tools.load_command(running.address, workload, workload.connections), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **how)
     try:
         said = json.loads(line_of(child.stdout, tools.PATIENCE))
         with_them = memory_kb(running.pid)

@@ -78,14 +78,16 @@ def section(name, workload):
 
 
 def rates(targets):
-    """Latency that a target adds to the direct way, at each fixed rate."""
+    """Latency at each fixed rate: what a target adds to the direct way, or the whole of it where there was no direct way."""
     measured = [(int(rate), target, figures) for target, whole in targets.items() for rate, figures in whole.get("rates", {}).items() if target != "direct"]
     if not measured:
         return []
+    what, of = ("added", "added_us") if any(figures.get("added_us") for _, _, figures in measured) else ("latency", "latency_us")
     events = any("first_event_us" in figures for _, _, figures in measured)
-    lines = ["", "| offered/s | target | answered/s | added p50 / p99 / p99.9, µs |" + (" first event p50 / p99, µs |" if events else ""), "|--:|---|--:|--:|" + ("--:|" if events else "")]
+    heads = ["offered/s", "target", "answered/s", f"{what} p50 / p99 / p99.9, µs", *(["first event p50 / p99, µs"] if events else [])]
+    lines = ["", row(heads), "|--:|---|" + "--:|" * (len(heads) - 2)]
     for rate, target, figures in sorted(measured, key=lambda one: one[0]):
-        cells = [rate, target, short(figures.get("rate")), " / ".join(short((figures.get("added_us") or {}).get(name)) for name in PERCENTILES)]
+        cells = [rate, target, short(figures.get("rate")), " / ".join(short((figures.get(of) or {}).get(name)) for name in PERCENTILES)]
         lines.append(row(cells + ([pair(figures.get("first_event_us"))] if events else [])))
     return lines
 

@@ -101,12 +101,12 @@ def start_workers(processes, workload, manner, stack):
 
 def start(processes, target, workload, workers, manner, stack):
     if target.name == "direct":
-        return Running(target.name, int(workers[0].rsplit(":", 1)[1]))
+        return Running(target.name, workers[0])
     place = Place(processes, workers, free_port(), free_port(), workload.large_bodies, workload.shards, aliases=workload.aliases)
     child = processes.start(target.name, *target.command(place), cores=manner.cores(workload)[0])
     stack.callback(processes.end, child)
     processes.wait_for(child, target.name, place.port, target.ready)
-    return Running(target.name, place.port, child.pid, memory_kb(child.pid))
+    return Running(target.name, f"127.0.0.1:{place.port}", child.pid, memory_kb(child.pid))
 
 
 def of(results, workload, target):

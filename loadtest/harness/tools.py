@@ -1,6 +1,6 @@
 """The load generators: wrk for closed loops of one body, oha for fixed rates, our own `load` for the rest.
 
-Each function returns a dict of the same names: `requests` (whole ones), `rate` (per second), `failed`, `latency_us` (percentiles), and what
+Each function returns a dict of the same names: `requests` (whole ones), `rate` (per second), `seconds`, `failed`, `latency_us` (percentiles), and what
 only `load` knows: `first_event_us`, `event_delay_us`, `events`, `offered_rate`. `how` goes to `Processes.run`: on which cores, under which command.
 """
 import json, os, subprocess
@@ -35,10 +35,10 @@ end
 """
 
 
-def wrk(processes, port, body, connections, seconds, **how):
+def wrk(processes, address, body, connections, seconds, **how):
     """As many requests as are answered on that many connections. Its latencies say nothing of a fixed rate."""
     script = processes.write("wrk.lua", WRK.format(**vars(body)))
-    return read_wrk(processes.run("wrk", tool("wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, f"http://127.0.0.1:{port}/",
+    return read_wrk(processes.run("wrk", tool("wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", script, f"http://{address}/",
                                   seconds=seconds + PATIENCE, **how))
 
 
@@ -47,14 +47,14 @@ def read_wrk(printed):
     if line is None:
         raise Failed(f"wrk has printed no result: {printed[-200:]!r}")
     requests, micros, failed, *latency = map(int, line.split()[1:])
-    return {"requests": requests, "rate": requests / max(micros, 1) * 1e6, "failed": failed, "latency_us": dict(zip(("p50", "p90", "p99", "p999", "max"), map(float, latency)))}
+    return {"requests": requests, "rate": requests / max(micros, 1) * 1e6, "seconds": micros / 1e6, "failed": failed, "latency_us": dict(zip(("p50", "p90", "p99", "p999", "max"), map(float, latency)))}
 
 
-def oha_at(processes, port, body, connections, seconds, rate, **how):
+def oha_at(processes, address, body, connections, seconds, rate, **how):
     """So many requests per second, whether or not earlier ones are answered; a request that waits for a connection waits since it was due."""
     return read_oha(processes.run(
         "oha", oha(), "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-w", "-q", rate, "--latency-correction", "-c", connections, "-m", body.method,
-        "-T", body.content_type, "-D", body.file, f"http://127.0.0.1:{port}{body.path}", seconds=seconds + PATIENCE, **how), rate)
+        "-T", body.content_type, "-D", body.file, f"http://{address}{body.path}", seconds=seconds + PATIENCE, **how), rate)
 
 
 def read_oha(printed, rate):
@@ -63,13 +63,13 @@ def read_oha(printed, rate):
     good = sum(count for code, count in codes.items() if code.startswith("2"))
     failed = sum(codes.values()) - good + sum(said["errorDistribution"].values())
     latency = {name: said["latencyPercentiles"][key] for name, key in (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p999", "p99.9"))}
-    return {"requests": good, "rate": said["summary"]["requestsPerSec"], "offered_rate": rate, "failed": failed,
+    return {"requests": good, "rate": said["summary"]["requestsPerSec"], "seconds": said["summary"]["total"], "offered_rate": rate, "failed": failed,
             "latency_us": {name: value * 1e6 for name, value in latency.items() if value is not None}}
 
 
-def load_command(port, workload, connections, seconds=None, rate=None):
+def load_command(address, workload, connections, seconds=None, rate=None):
     """Command line of our own generator for a workload."""
-    words = [built("examples", "load"), "--address", f"127.0.0.1:{port}", "--workload", workload.load, "--connections", connections, "--quiet"]
+    words = [built("examples", "load"), "--address", address, "--workload", workload.load, "--connections", connections, "--quiet"]
     if seconds:
         words += ["--seconds", seconds, "--warmup-seconds", 0]
     if rate:
@@ -77,8 +77,8 @@ def load_command(port, workload, connections, seconds=None, rate=None):
     return [*words, *workload.flags]
 
 
-def load(processes, port, workload, connections, seconds, rate=None, **how):
-    said = json.loads(processes.run("load", *load_command(port, workload, connections, seconds, rate), seconds=seconds + PATIENCE, **how))
+def load(processes, address, workload, connections, seconds, rate=None, **how):
+    said = json.loads(processes.run("load", *load_command(address, workload, connections, seconds, rate), seconds=seconds + PATIENCE, **how))
     if said["failed"]:
         said["first_failure"] = str(said.get("first_failure"))
     return said
