@@ -86,7 +86,11 @@ fn main() -> io::Result<()> {
         eprintln!("listening on {}", listener.local_addr()?);
         let worker = Rc::new(Worker::new(&args));
         loop {
-            let (stream, _) = listener.accept().await?;
+            let Ok((stream, _)) = listener.accept().await else {
+                // the client has gone, or there are no files left: some will be closed
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            };
             let worker = worker.clone();
             // a client that goes away ends its task
             tokio::task::spawn_local(async move { worker.serve(stream).await.ok() });

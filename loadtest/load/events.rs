@@ -1,9 +1,14 @@
 //! The events of a stream, found as its bytes come.
 
+use std::sync::LazyLock;
+
+use memchr::memmem::Finder;
+
 /// The longest line that is kept when it comes in parts.
 const LONGEST_LINE: usize = 1 << 20;
 /// What the mock worker's event ids begin with; the time of writing follows, in nanoseconds of `CLOCK_MONOTONIC`.
-const STAMP: &[u8] = b"chatcmpl-";
+const STAMP: &str = "chatcmpl-";
+static FIND_STAMP: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(STAMP));
 /// Digits of that time, zeros before it.
 const STAMP_DIGITS: usize = 20;
 
@@ -67,7 +72,7 @@ impl Events {
 fn stamp(data: &[u8]) -> Option<u64> {
     // whoever writes the event anew may move the id, but not far
     let begin = &data[..data.len().min(256)];
-    let digits = begin.get(memchr::memmem::find(begin, STAMP)? + STAMP.len()..)?.get(..STAMP_DIGITS)?;
+    let digits = begin.get(FIND_STAMP.find(begin)? + STAMP.len()..)?.get(..STAMP_DIGITS)?;
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 

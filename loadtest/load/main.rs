@@ -89,9 +89,9 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
-    /// Milliseconds between events of a stream
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=60_000))]
-    gap_ms: u32,
+    /// Milliseconds between events of a stream [default: 0, but 10 for `abort`]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(..=60_000))]
+    gap_ms: Option<u32>,
 
     /// Events of a stream
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=99_999))]
@@ -143,9 +143,9 @@ impl Args {
         Ok(())
     }
 
-    fn asked(&self) -> Asked {
-        let Self { models, seed, events, gap_ms, .. } = self;
-        Asked { models: models.clone(), seed: *seed, events: *events, gap_ms: *gap_ms }
+    fn asked(&self, workload: &Workload) -> Asked {
+        let gap_ms = self.gap_ms.unwrap_or(workload.gap_ms);
+        Asked { models: self.models.clone(), seed: self.seed, events: self.events, gap_ms }
     }
 }
 
@@ -178,7 +178,7 @@ fn act(args: &Args) -> io::Result<()> {
         return Ok(());
     }
     if let Some(workload) = args.print_body {
-        return io::stdout().write_all(&workload.body(&args.asked()));
+        return io::stdout().write_all(&workload.body(&args.asked(workload)));
     }
     let (Some(address), Some(workload)) = (args.address, args.workload) else { return Ok(()) };
     vllm_proxy::base::raise_open_files();
@@ -194,7 +194,7 @@ fn act(args: &Args) -> io::Result<()> {
 
 /// Runs a workload and prints what it came to.
 async fn send(args: &Args, address: SocketAddr, workload: &'static Workload) -> io::Result<()> {
-    let asked = args.asked();
+    let asked = args.asked(workload);
     let requests = workload.requests(address, &asked);
     let seconds = args.seconds.unwrap_or(if args.requests.is_some() { LONGEST_SECONDS } else { 10.0 });
     let start_ns = now_ns();
@@ -221,7 +221,7 @@ async fn send(args: &Args, address: SocketAddr, workload: &'static Workload) -> 
 async fn hold(args: &Args, address: SocketAddr, workload: &'static Workload) {
     let begin_ns = now_ns();
     let mut tally = Tally::new();
-    let request = workload.requests(address, &args.asked()).next();
+    let request = workload.requests(address, &args.asked(workload)).next();
     let open = idle::open(address, args.connections as usize, request, &mut tally).await;
     println!("{}", json!({ "idle": open.len() }));
     idle::stdin_closed().await;

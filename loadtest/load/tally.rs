@@ -20,6 +20,9 @@ pub(crate) struct Tally {
     pub(crate) latency: Histogram,
     pub(crate) first_event: Histogram,
     pub(crate) event_delay: Histogram,
+    /// In an open loop, from when a request was due to when a connection had it: what the generator itself or too few
+    /// connections add.
+    pub(crate) sent_late: Histogram,
     /// When the last one ended.
     pub(crate) last_ns: u64,
 }
@@ -49,6 +52,7 @@ impl Tally {
             latency: Histogram::new(),
             first_event: Histogram::new(),
             event_delay: Histogram::new(),
+            sent_late: Histogram::new(),
             last_ns: 0,
         }
     }
@@ -71,6 +75,7 @@ impl Tally {
         let seconds = self.last_ns.saturating_sub(load.begin_ns) as f64 / 1e9;
         let done = (self.whole + self.aborted) as f64;
         let rate = if seconds > 0.0 { done / seconds } else { 0.0 };
+        let some = |histogram: &Histogram| (!histogram.is_empty()).then(|| histogram.report_us());
         json!({
             "workload": load.workload,
             "connections": load.connections,
@@ -84,10 +89,11 @@ impl Tally {
             "bytes_sent": self.bytes_sent,
             "bytes_received": self.bytes_received,
             "latency_us": self.latency.report_us(),
-            "first_event_us": self.first_event.report_us(),
-            "event_delay_us": self.event_delay.report_us(),
+            "first_event_us": some(&self.first_event),
+            "event_delay_us": some(&self.event_delay),
             "events": self.events,
             "idle": load.idle,
+            "sent_late_us": some(&self.sent_late),
         })
     }
 }

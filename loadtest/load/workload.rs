@@ -47,6 +47,8 @@ pub(crate) struct Workload {
     /// Whether the answer is a stream.
     pub(crate) streams: bool,
     pub(crate) manner: Manner,
+    /// Milliseconds between events if nothing else is asked for.
+    pub(crate) gap_ms: u32,
     /// How many models it must be given, at least.
     pub(crate) models: usize,
     bodies: Bodies,
@@ -71,6 +73,7 @@ const CHAT: Workload = Workload {
     content_type: JSON,
     streams: false,
     manner: Manner::Keep,
+    gap_ms: 0,
     models: 1,
     bodies: Bodies::Same(|_, model| chat(model, &"x".repeat(930), "")),
 };
@@ -143,6 +146,7 @@ pub(crate) const WORKLOADS: &[Workload] = &[
         help: "sse on a connection of its own, which is left after 1 to 8 events",
         streams: true,
         manner: Manner::Leave,
+        gap_ms: 10,
         bodies: Bodies::Same(stream),
         ..CHAT
     },
@@ -459,8 +463,8 @@ mod tests {
         let mut chats = Chats::new(&asked());
         let turns: Vec<Vec<Vec<u8>>> =
             (0..28).map(|_| (0..Chats::AT_A_TIME).map(|_| chats.next_body()).collect()).collect();
-        let mut began = 0;
-        for at in 0..Chats::AT_A_TIME {
+        let (mut began, chats) = (0, [0, 1, 63]);
+        for at in chats {
             for turn in 1..turns.len() {
                 let (before, now) = (json(&turns[turn - 1][at]), json(&turns[turn][at]));
                 let (before, now) =
@@ -472,7 +476,7 @@ mod tests {
                 }
             }
         }
-        assert!(began >= Chats::AT_A_TIME, "{began}");
+        assert!(began >= chats.len(), "{began}");
         let longest = turns.iter().flatten().map(Vec::len).max().unwrap();
         assert!((45_000..55_000).contains(&longest), "{longest}");
         let system = |at: usize| json(&turns[0][at])["messages"][0]["content"].as_str().unwrap().to_owned();
