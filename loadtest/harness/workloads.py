@@ -42,7 +42,7 @@ WORKLOADS = [
     Workload("sse", "stream of 200 events at full speed", "sse", tool="load", events=200, flags=paced(0), rates=(100,)),
     Workload("sse-10ms-64", "64 streams, an event every 10 ms", "sse", tool="load", connections=64, events=200, flags=paced(10)),
     Workload("sse-10ms-1000", "1,000 streams, an event every 10 ms", "sse", tool="load", connections=1000, events=200, flags=paced(10)),
-    Workload("abort", "streams whose client leaves after a few events", "abort", tool="load"),
+    Workload("abort", "streams, an event every ms, whose client leaves after a few", "abort", tool="load", flags=paced(1)),
     Workload("churn", "a connection per request", "churn", tool="load"),
     Workload("two-models", "two models on two workers, and an alias of each", "two-models", tool="load", workers=2, models=("a", "b"),
              aliases=(("first", "a"), ("second", "b")), flags=("--models", "a,b,first,second"), needs=frozenset({"aliases"})),

@@ -10,7 +10,7 @@ WRK = """Running 1s test @ http://127.0.0.1:1/
 RESULT 21362 1000500 3 1400 1600 2500 4000 9000
 """
 OHA = {
-    "summary": {"requestsPerSec": 499.4},
+    "summary": {"requestsPerSec": 499.4, "total": 2.0},
     "latencyPercentiles": {"p50": 0.000134, "p90": 0.002, "p99": 0.0115, "p99.9": 0.0242, "p99.99": None},
     "statusCodeDistribution": {"200": 990, "503": 7},
     "errorDistribution": {"connection closed": 3},
