@@ -36,7 +36,7 @@ def raise_open_files():
 
 
 class Processes:
-    """Context that ends everything it has started, by pid; output goes to files in `folder`, which is removed unless something failed."""
+    """Context that ends everything it has started, by pid; output goes to files in `folder`, which is left only where something failed."""
 
     def __init__(self, prefix):
         self.folder, self.running = tempfile.mkdtemp(prefix=f"{prefix}-"), []
@@ -52,7 +52,7 @@ class Processes:
             child.send_signal(signal.SIGTERM)
         for child in list(self.running):
             self.end(child)
-        if kind is None or kind is KeyboardInterrupt:
+        if kind is None or not issubclass(kind, Exception):
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             print(f"what was started has written to {self.folder}", file=sys.stderr)

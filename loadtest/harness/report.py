@@ -34,7 +34,8 @@ def header(settings):
 
 
 def base_of(targets):
-    return BASE if BASE in targets else next(iter(targets))
+    """The target whose ratio is 1."""
+    return next((name for name in (BASE, *targets) if name in targets and name != "direct"), "direct")
 
 
 def with_spread(figures, name, digits=3):
@@ -59,7 +60,7 @@ def section(name, workload):
             idle = figures.get("idle", {})
             lines.append(f"| {target} | {short(idle.get('idle'))} | {short(idle.get('bytes_per_connection'))} | {mb(idle.get('start_rss_kb'))} | {mb(idle.get('peak_rss_kb'))} |")
         return lines + problems(targets)
-    base = base_of(targets) if targets else BASE
+    base = base_of(targets)
     reference = targets.get(base, {}).get("closed", {}).get("cpu_us")
     streams = any("event_delay_us" in figures.get("closed", {}) for figures in targets.values())
     per_event = any("cpu_us_per_event" in figures.get("closed", {}) for figures in targets.values())
