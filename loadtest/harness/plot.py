@@ -4,9 +4,10 @@ from xml.sax.saxutils import escape
 
 # told apart by the colour-blind too (Okabe and Ito)
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#999999", "#b8a900")
-STYLE = """text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:15px;font-weight:600}.faint{fill:#6e7781}line{stroke:#d0d7de}.mark{stroke:#6e7781}
-rect.page{fill:#fff}@media(prefers-color-scheme:dark){text{fill:#e6edf3}.faint{fill:#8b949e}line{stroke:#30363d}.mark{stroke:#8b949e}rect.page{fill:#0d1117}}"""
-WIDTH, LEFT, BAR = 760, 190, 14
+STYLE = """text{font:12px system-ui,sans-serif;fill:#24292f;stroke:#fff;stroke-width:3px;paint-order:stroke}
+.title{font-size:15px;font-weight:600}.faint{fill:#6e7781}line{stroke:#d0d7de}.mark{stroke:#6e7781}rect.page{fill:#fff}
+@media(prefers-color-scheme:dark){text{fill:#e6edf3;stroke:#0d1117}.faint{fill:#8b949e}line{stroke:#30363d}.mark{stroke:#8b949e}rect.page{fill:#0d1117}}"""
+WIDTH, LEFT, BAR = 780, 220, 14
 
 
 def page(width, height, parts):
@@ -23,12 +24,13 @@ def line(x1, y1, x2, y2, kind=""):
 
 
 def colours(names):
+    """A colour for each; the same in all plots that are given the same names."""
     return {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(dict.fromkeys(names))}
 
 
-def bars(title, groups, limit):
+def bars(title, names, groups, limit):
     """Bars lying below each other: group → name → value. One that is longer than `limit` is cut there; its number says how long it is."""
-    of = colours(name for values in groups.values() for name in values)
+    of = colours(names)
     scale = (WIDTH - LEFT - 60) / limit
     parts, y = [text(16, 26, title, "title")], 48
     top = y
@@ -40,14 +42,13 @@ def bars(title, groups, limit):
                       text(LEFT + long + 5, y + 11, f"{value:.2f}" + (" ▸" if value > limit else ""))]
             y += BAR
         y += 12
-        # the group's name has a line of its own if it would touch the names of the bars
     parts.insert(1, line(LEFT + scale, top - 6, LEFT + scale, y - 8, "mark"))
     return page(WIDTH, y + 8, parts)
 
 
-def lines(title, along, panels):
+def lines(title, along, names, panels):
     """Panels side by side: panel → name → [(x, y)]. x and y grow by powers; what is below 1 lies on the floor."""
-    of = colours(name for lines in panels.values() for name in lines)
+    of = {name: colour for name, colour in colours(names).items() if any(name in lines for lines in panels.values())}
     xs = [x for lines in panels.values() for points in lines.values() for x, _ in points]
     ys = [max(y, 1) for lines in panels.values() for points in lines.values() for _, y in points]
     low, high = 0, max(1, math.ceil(math.log10(max(ys))))

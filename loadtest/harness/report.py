@@ -130,6 +130,7 @@ def write(results, folder):
 def plots(results):
     """SVG files by name: CPU per request of all workloads; added latency over rate of each that has rates."""
     made, groups = {}, {}
+    names = [target for workload in results["workloads"].values() for target in workload["targets"] if target != "direct"]
     for name, workload in results["workloads"].items():
         cpu = {target: figures["closed"]["cpu_us"] for target, figures in workload["targets"].items() if figures.get("closed", {}).get("cpu_us")}
         if len(cpu) > 1:
@@ -139,7 +140,7 @@ def plots(results):
                               for target, whole in workload["targets"].items() if target != "direct"} for percentile in PERCENTILES}
         lines = {percentile: {target: points for target, points in of.items() if points} for percentile, of in lines.items()}
         if any(lines.values()):
-            made[f"latency-{name}.svg"] = plot.lines(f"{name}: latency added to the direct way, µs", "requests per second", lines)
+            made[f"latency-{name}.svg"] = plot.lines(f"{name}: latency added to the direct way, µs", "requests per second", names, lines)
     if groups:
-        made["cpu.svg"] = plot.bars(f"CPU time per request, {BASE} = 1", groups, limit=2.5)
+        made["cpu.svg"] = plot.bars(f"CPU time per request, {BASE} = 1", names, groups, limit=2.5)
     return made

@@ -3,7 +3,7 @@ import contextlib, dataclasses, os, sys, time
 
 from . import figures, passes
 from .passes import Running
-from .processes import Failed, built, free_port, memory_kb
+from .processes import Failed, built, cpu_ns, free_port, memory_kb
 from .targets import Place
 
 
@@ -47,8 +47,9 @@ class Progress:
 
     def step(self, text, seconds):
         self.done = min(self.done + seconds, self.planned)
-        pace = (time.monotonic() - self.began) / self.done if self.done else 1
-        left = max(self.planned - self.done, 0) * max(pace, 0.5)
+        # the start-up of the first targets says little of the rest
+        pace = (time.monotonic() - self.began) / self.done if self.done > self.planned / 20 else 1
+        left = max(self.planned - self.done, 0) * pace
         self.say(f"[{100 * self.done / max(self.planned, 1):3.0f} %, {left // 60:.0f}:{left % 60:02.0f} left] {text}")
 
 
@@ -83,6 +84,7 @@ def run(processes, targets, workloads, manner, progress, results):
                     progress.say(f"{target.name}: {problem}")
                     for workload in group:
                         of(results, workload, target.name)["problem"] = str(problem)
+            settle(running.values())
             for workload in group:
                 measure(processes, running, workload, manner, progress, results)
 
@@ -107,6 +109,15 @@ def start(processes, target, workload, workers, manner, stack):
     stack.callback(processes.end, child)
     processes.wait_for(child, target.name, place.port, target.ready)
     return Running(target.name, f"127.0.0.1:{place.port}", child.pid, memory_kb(child.pid))
+
+
+def settle(running, patience=10):
+    """Until what was started has come to rest: uses less than a twentieth of a core."""
+    for _ in range(int(patience / 0.2)):
+        before = sum(cpu_ns(target.pid) for target in running if target.pid)
+        time.sleep(0.2)
+        if sum(cpu_ns(target.pid) for target in running if target.pid) - before < 0.05 * 0.2e9:
+            return
 
 
 def of(results, workload, target):

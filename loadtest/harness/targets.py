@@ -146,19 +146,20 @@ BY_NAME = {target.name: target for target in TARGETS}
 
 
 def install(say):
-    """What `--install` gets: a venv for each router, and oha. Each is left as it is where it is already there."""
+    """What `--install` gets: a venv for each router, and oha. What is there already stays as it is."""
     os.makedirs(CACHE, exist_ok=True)
     for target in TARGETS:
         if target.requirement and not target.found():
             say(f"installing {target.requirement}")
-            subprocess.run([sys.executable, "-m", "venv", venv(target.requirement)], check=True)
-            done = subprocess.run([venv(target.requirement, "bin", "pip"), "install", "-q", "--disable-pip-version-check", target.requirement])
-            if done.returncode or not target.found():
-                say(f"{target.requirement} cannot be installed and is left out")
-                shutil.rmtree(venv(target.requirement), ignore_errors=True)
-    if not oha():
+            folder = venv(target.requirement)
+            done = (subprocess.run([sys.executable, "-m", "venv", folder]).returncode == 0
+                    and subprocess.run([f"{folder}/bin/pip", "install", "-q", "--disable-pip-version-check", target.requirement]).returncode == 0)
+            if not done or not target.found():
+                say(f"{target.requirement} cannot be installed")
+                shutil.rmtree(folder, ignore_errors=True)
+    if not oha() and tool("cargo"):
         say("installing oha")
-        subprocess.run(["cargo", "install", "--locked", "--root", CACHE, "oha"], check=False)
+        subprocess.run(["cargo", "install", "--quiet", "--locked", "--root", CACHE, "oha"])
 
 
 def oha():

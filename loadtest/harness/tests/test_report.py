@@ -66,16 +66,16 @@ class Plots(unittest.TestCase):
             self.assertEqual(ElementTree.fromstring(svg).tag, f"{SVG}svg")
 
     def test_a_bar_that_is_cut_says_how_long_it_is(self):
-        drawn = ElementTree.fromstring(plot.bars("t", {"g": {"near": 1.0, "far": 9.5}}, limit=2.0))
+        drawn = ElementTree.fromstring(plot.bars("t", ["near", "far"], {"g": {"near": 1.0, "far": 9.5}}, limit=2.0))
         bars = [float(one.get("width")) for one in drawn.iter(f"{SVG}rect") if one.get("class") != "page"]
         self.assertAlmostEqual(bars[1], 2 * bars[0], delta=0.2)
         self.assertIn("9.50 ▸", [one.text for one in drawn.iter(f"{SVG}text")])
 
     def test_names_are_escaped(self):
-        self.assertIn("a &lt;b&gt; &amp; c", plot.bars("a <b> & c", {"g": {"x": 1.0}}, 2.0))
+        self.assertIn("a &lt;b&gt; &amp; c", plot.bars("a <b> & c", ["x"], {"g": {"x": 1.0}}, 2.0))
 
     def test_a_line_of_one_point_is_drawn(self):
-        drawn = ElementTree.fromstring(plot.lines("t", "x", {"p50": {"a": [(500, 0.2)]}}))
+        drawn = ElementTree.fromstring(plot.lines("t", "x", ["a"], {"p50": {"a": [(500, 0.2)]}}))
         self.assertEqual(len(list(drawn.iter(f"{SVG}circle"))), 1)
 
 
