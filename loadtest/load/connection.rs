@@ -11,6 +11,7 @@ use std::{
 use tokio::{
     io::{AsyncRead as _, AsyncWrite as _, ReadBuf},
     net::TcpStream,
+    sync::Semaphore,
 };
 
 use crate::{
@@ -20,6 +21,12 @@ use crate::{
 
 /// Bytes that are read at once. There is one such buffer for all connections.
 const READ_BYTES: usize = 128 * 1024;
+
+/// How many connections are opened at a time: as many as any listener's queue has room for. What is refused there is only
+/// tried again after a second.
+const OPENING: usize = 64;
+
+static MAY_OPEN: Semaphore = Semaphore::const_new(OPENING);
 
 thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
@@ -76,6 +83,7 @@ impl Connection {
     /// # Errors
     /// There is nobody, or no port left.
     pub(crate) async fn open(address: SocketAddr) -> Result<Self, Failure> {
+        let _turn = MAY_OPEN.acquire().await;
         let stream = TcpStream::connect(address).await.map_err(Failure::Connect)?;
         stream.set_nodelay(true).map_err(Failure::Connect)?;
         Ok(Self { stream, used: false })

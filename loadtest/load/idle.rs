@@ -2,10 +2,7 @@
 
 use std::{net::SocketAddr, rc::Rc};
 
-use tokio::{
-    sync::{Semaphore, oneshot},
-    task::JoinSet,
-};
+use tokio::{sync::oneshot, task::JoinSet};
 
 use crate::{
     answer::Failure,
@@ -14,9 +11,6 @@ use crate::{
     tally::Tally,
 };
 
-/// How many connections are opened at a time.
-const AT_A_TIME: usize = 64;
-
 /// Opens the connections, one request on each. Those that are there are returned; the rest is counted.
 pub(crate) async fn open(
     address: SocketAddr,
@@ -24,14 +18,10 @@ pub(crate) async fn open(
     request: Rc<[u8]>,
     tally: &mut Tally,
 ) -> Vec<Connection> {
-    let turns = Rc::new(Semaphore::new(AT_A_TIME));
     let mut opening = JoinSet::new();
     for _ in 0..connections {
-        let (turns, request) = (turns.clone(), request.clone());
-        opening.spawn_local(async move {
-            let _turn = turns.acquire().await;
-            one(address, &request).await
-        });
+        let request = request.clone();
+        opening.spawn_local(async move { one(address, &request).await });
     }
     let mut open = Vec::with_capacity(connections);
     while let Some(opened) = opening.join_next().await {
@@ -52,8 +42,8 @@ pub(crate) async fn open(
 }
 
 async fn one(address: SocketAddr, request: &[u8]) -> Result<(Connection, u64, u64), Failure> {
-    let begin_ns = now_ns();
     let mut connection = Connection::open(address).await?;
+    let begin_ns = now_ns();
     let mut exchange = Exchange::new(request, false, u64::MAX);
     connection.exchange(&mut exchange, |_| ()).await?;
     Ok((connection, exchange.received(), now_ns() - begin_ns))

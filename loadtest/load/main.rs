@@ -212,7 +212,7 @@ async fn send(args: &Args, address: SocketAddr, workload: &'static Workload) -> 
     }
     let stream = Duration::from_millis(u64::from(asked.gap_ms) * u64::from(asked.events));
     let deadline = Duration::from_nanos(end_ns - start_ns) + stream + PATIENCE;
-    run.drive(args.rate.is_some(), deadline).await?;
+    run.drive(deadline).await?;
     print(args, workload, &run.tally.borrow(), begin_ns, 0);
     Ok(())
 }

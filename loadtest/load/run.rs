@@ -49,13 +49,10 @@ pub(crate) struct Run {
     /// Free connections of an open loop; the last one is used next.
     free: RefCell<Vec<Rc<Seat>>>,
     connections: Cell<usize>,
-    /// Requests that are under way, and those of them that are measured.
-    under_way: Cell<u64>,
+    /// Measured requests that are under way.
     measured_under_way: Cell<u64>,
     /// A connection has become free or has gone.
     freed: Notify,
-    /// Nothing is under way any more.
-    finished: Notify,
 }
 
 /// Where a free connection waits for its turn.
@@ -85,10 +82,8 @@ impl Run {
             tally: RefCell::new(Tally::new()),
             free: RefCell::new(Vec::new()),
             connections: Cell::new(0),
-            under_way: Cell::new(0),
             measured_under_way: Cell::new(0),
             freed: Notify::new(),
-            finished: Notify::new(),
         })
     }
 
@@ -96,19 +91,15 @@ impl Run {
     ///
     /// # Errors
     /// There is no timer.
-    pub(crate) async fn drive(self: &Rc<Self>, open_loop: bool, deadline: Duration) -> io::Result<()> {
+    pub(crate) async fn drive(self: &Rc<Self>, deadline: Duration) -> io::Result<()> {
         let all = async {
-            if open_loop {
+            if self.schedule.borrow().is_open_loop() {
                 self.dispatch().await?;
             } else {
-                while self.connections.get() < self.most
-                    && let Turn::Send(due) = self.turn()
-                {
-                    self.connect(due);
-                }
+                (0..self.most).for_each(|_| self.connect(None));
             }
-            while self.under_way.get() > 0 {
-                self.finished.notified().await;
+            while self.connections.get() > self.free.borrow().len() {
+                self.freed.notified().await;
             }
             Ok(())
         };
@@ -147,7 +138,7 @@ impl Run {
                         waker.wake();
                     }
                 }
-                None => self.connect(due),
+                None => self.connect(Some(due)),
             }
         }
     }
@@ -155,18 +146,19 @@ impl Run {
     /// The turn of whoever asks; what is to be sent is under way from then on.
     fn turn(&self) -> Turn {
         let now_ns = now_ns();
-        let turn = self.schedule.borrow_mut().turn(now_ns);
-        if let Turn::Send(due) = turn {
-            self.under_way.set(self.under_way.get() + 1);
-            if due.measured {
-                self.measured_under_way.set(self.measured_under_way.get() + 1);
-                self.tally.borrow_mut().sent_late.record(now_ns - due.at_ns);
+        let mut schedule = self.schedule.borrow_mut();
+        let turn = schedule.turn(now_ns);
+        if let Turn::Send(Due { at_ns, measured: true }) = turn {
+            self.measured_under_way.set(self.measured_under_way.get() + 1);
+            if schedule.is_open_loop() {
+                self.tally.borrow_mut().sent_late.record(now_ns - at_ns);
             }
         }
         turn
     }
 
-    fn connect(self: &Rc<Self>, due: Due) {
+    /// Adds a connection; one of an open loop has its first request at once.
+    fn connect(self: &Rc<Self>, due: Option<Due>) {
         self.connections.set(self.connections.get() + 1);
         let run = self.clone();
         spawn_local(async move {
@@ -176,30 +168,28 @@ impl Run {
         });
     }
 
-    /// The life of a connection: from its first request until it has no turn any more.
-    async fn serve(&self, mut due: Due) {
+    /// The life of a connection: until it has no turn any more.
+    async fn serve(&self, first: Option<Due>) {
         let seat = Rc::new(Seat::default());
         let mut connection = None;
+        if first.is_none() && self.manner == Manner::Keep {
+            // that it must be opened is no part of a latency, and if it cannot be, its first request tells
+            connection = Connection::open(self.address).await.ok();
+        }
+        let mut turn = first.map_or_else(|| self.turn(), Turn::Send);
         loop {
+            let due = match turn {
+                Turn::Send(due) => Some(due),
+                Turn::Wait => self.wait(&seat, &mut connection).await,
+                Turn::Over => None,
+            };
+            let Some(due) = due else { return };
             let failed = self.request(&mut connection, due).await;
-            self.under_way.set(self.under_way.get() - 1);
             self.measured_under_way.set(self.measured_under_way.get() - u64::from(due.measured));
             if failed {
                 sleep(PAUSE).await;
             }
-            due = match self.turn() {
-                Turn::Send(due) => due,
-                Turn::Wait => match self.wait(&seat, &mut connection).await {
-                    Some(due) => due,
-                    None => return,
-                },
-                Turn::Over => {
-                    if self.under_way.get() == 0 {
-                        self.finished.notify_one();
-                    }
-                    return;
-                }
-            };
+            turn = self.turn();
         }
     }
 
@@ -362,7 +352,7 @@ mod tests {
         block_on(async {
             let (address, connections) = worker(answer_all).await;
             let run = run("small-json", address, 4, 100, None);
-            run.drive(false, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             let tally = run.tally.borrow();
             assert_eq!((tally.whole, tally.failed, &tally.first_failure), (100, 0, &None));
             assert_eq!(tally.bytes_received, 100 * ANSWER.len() as u64);
@@ -375,7 +365,7 @@ mod tests {
         block_on(async {
             let (address, connections) = worker(answer_all).await;
             let run = run("churn", address, 4, 20, None);
-            run.drive(false, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             assert_eq!((run.tally.borrow().whole, connections.get()), (20, 20));
         });
     }
@@ -385,7 +375,7 @@ mod tests {
         block_on(async {
             let (address, connections) = worker(answer_all).await;
             let run = run("small-json", address, 3, 500, Some(100_000.0));
-            run.drive(true, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             assert_eq!((run.tally.borrow().whole, run.tally.borrow().failed), (500, 0));
             assert!((1..=3).contains(&connections.get()), "{}", connections.get());
         });
@@ -400,7 +390,7 @@ mod tests {
             };
             let (address, connections) = worker(close).await;
             let run = run("small-json", address, 2, 20, None);
-            run.drive(false, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             let tally = run.tally.borrow();
             assert_eq!((tally.whole, tally.failed, &tally.first_failure), (20, 0, &None));
             assert_eq!(connections.get(), 20);
@@ -427,7 +417,7 @@ mod tests {
             let (address, _) = worker(stall).await;
             let run = run("small-json", address, 1, 10, Some(1000.0));
             let last_due_ns = run.schedule.borrow().next_ns().unwrap() + 9_000_000;
-            run.drive(true, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             let tally = run.tally.borrow();
             assert_eq!((tally.whole, tally.failed), (10, 0));
             let least_ns = released.get().saturating_sub(last_due_ns);
@@ -445,7 +435,7 @@ mod tests {
             };
             let (address, _) = worker(refuse).await;
             let refused = run("small-json", address, 2, 4, None);
-            refused.drive(false, LONG).await.unwrap();
+            refused.drive(LONG).await.unwrap();
             let tally = refused.tally.borrow();
             assert_eq!((tally.whole, tally.failed), (0, 4));
             assert_eq!(tally.first_failure.as_deref(), Some("status 500: oops"));
@@ -461,7 +451,7 @@ mod tests {
             })
             .await;
             let silent = run("small-json", address, 2, 10, Some(1e6));
-            silent.drive(true, Duration::from_millis(50)).await.unwrap();
+            silent.drive(Duration::from_millis(50)).await.unwrap();
             assert_eq!((silent.tally.borrow().whole, silent.tally.borrow().failed), (0, 10));
         });
     }
@@ -478,7 +468,7 @@ mod tests {
             };
             let (address, connections) = worker(endless).await;
             let run = run("abort", address, 4, 12, None);
-            run.drive(false, LONG).await.unwrap();
+            run.drive(LONG).await.unwrap();
             let tally = run.tally.borrow();
             assert_eq!((tally.aborted, tally.whole, tally.failed), (12, 0, 0));
             assert!(tally.events >= 12 && !tally.first_event.is_empty());

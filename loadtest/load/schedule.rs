@@ -74,6 +74,11 @@ impl Schedule {
         Self { arrivals, begin_ns, end_ns, left: requests }
     }
 
+    /// Whether requests are due however fast they are answered.
+    pub(crate) fn is_open_loop(&self) -> bool {
+        self.arrivals.is_some()
+    }
+
     /// When the next request of an open loop is due; `None` if there is none any more.
     pub(crate) fn next_ns(&self) -> Option<u64> {
         let next_ns = self.arrivals.as_ref()?.next_ns();
