@@ -66,10 +66,10 @@ def also(asked):
 
 def main():
     asked = arguments()
-    if asked.list:
-        return listing()
     if asked.install:
         targets.install(say)
+    if asked.list:
+        return listing()
     for name, found, hint in (("wrk", tool("wrk"), "apt-get install wrk"), *((name, os.path.exists(built("examples", name)), f"cargo build --release --example {name}") for name in ("mock", "load"))):
         if not found:
             raise Failed(f"{name} is missing: {hint}")
@@ -81,7 +81,7 @@ def main():
                            latencies=not (asked.no_latencies or asked.quick), system_calls=not asked.no_system_calls)
     raise_open_files()
     results = report.header({**dataclasses.asdict(manner), "open_files": open_files()})
-    results["versions"] |= {target.name: target.says() for target in chosen if target.name != "direct"}
+    results["versions"] |= {**tools.versions(), **{target.name: target.says() for target in chosen if target.name != "direct"}}
     progress = rounds.Progress(rounds.plan(chosen, wanted, manner))
     say(f"{len(wanted)} workloads, {len(chosen)} targets: about {progress.planned / 60:.0f} minutes")
     began = time.monotonic()

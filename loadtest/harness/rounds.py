@@ -173,12 +173,12 @@ def measure(processes, running, workload, manner, progress, results):
                     at_rates[name][rate].append(passes.at_rate(processes, running[name], workload, manner.seconds, rate, **how))
                     return at_rates[name][rate][-1]
 
-                attempt(name, fixed, manner.seconds + 0.5, lambda said: f"round {at + 1} of {manner.rounds} at {rate}/s: p99 {said['latency_us'].get('p99', 0):.0f} µs")
+                attempt(name, fixed, manner.seconds + 0.5, lambda said: f"round {at + 1} of {manner.rounds} at {rate}/s: p99 {figures.short(said.get('latency_us', {}).get('p99'))} µs")
     for name, by_rate in at_rates.items():
         of(results, workload, name)["rates"] = {str(rate): figures.summary(seen) for rate, seen in by_rate.items() if seen}
     for name, target in running.items():
         for rate, seen in of(results, workload, name)["rates"].items():
-            seen["added_us"] = figures.added(seen["latency_us"], at_direct(results, workload, rate)) if name != "direct" else None
+            seen["added_us"] = figures.added(seen.get("latency_us"), at_direct(results, workload, rate)) if name != "direct" else None
         if manner.system_calls and target.pid is not None:
             def calls():
                 of(results, workload, name)["system_calls"] = passes.system_calls(processes, target, workload, 1, **how)

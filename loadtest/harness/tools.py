@@ -105,3 +105,13 @@ def body_of(processes, name):
 def waited(child):
     child.wait(PATIENCE)
     return child
+
+
+def versions():
+    """Of wrk and of oha, as they say it."""
+    said = {}
+    for name, path, flag in (("wrk", tool("wrk"), "-v"), ("oha", oha(), "--version")):
+        if path:
+            printed = subprocess.run([path, flag], capture_output=True, text=True, timeout=20)
+            said[name] = (printed.stdout + printed.stderr).strip().split("\n")[0]
+    return said

@@ -1,7 +1,8 @@
-import unittest
+import contextlib, dataclasses, io, unittest, unittest.mock
 from xml.etree import ElementTree
 
-from harness import goals, plot, report, rounds, workloads
+from harness import goals, passes, plot, report, rounds, workloads
+from harness.processes import Failed
 from harness.targets import BY_NAME as TARGETS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -97,3 +98,28 @@ class Plans(unittest.TestCase):
 
     def test_a_target_is_left_out_of_what_it_cannot_do(self):
         self.assertNotIn("vllm-router", [target.name for target in rounds.able(TARGETS.values(), workloads.BY_NAME["two-shards"])])
+
+
+class Measuring(unittest.TestCase):
+    def test_a_target_that_fails_is_said_and_the_others_are_measured(self):
+        def load(_, running, workload, seconds, rate=None, **how):
+            if running.name == "broken":
+                raise Failed("it fell over")
+            return {"requests": 10, "rate": 10.0, "seconds": 1.0, "failed": 0, "latency_us": {"p50": 5.0, "p99": None} if rate else None}
+
+        running = {name: passes.Running(name, "127.0.0.1:1") for name in ("direct", "broken", "whole")}
+        workload = dataclasses.replace(workloads.BY_NAME["small-json"], rates=(100,))
+        known, said = {"workloads": {}}, io.StringIO()
+        with unittest.mock.patch.object(passes, "loop", load), contextlib.redirect_stderr(said):
+            rounds.measure(None, running, workload, rounds.Manner(rounds=2, seconds=1, system_calls=False), rounds.Progress(10), known)
+        of = known["workloads"]["small-json"]["targets"]
+        self.assertEqual(of["broken"]["problem"], "it fell over")
+        self.assertEqual(of["whole"]["closed"]["requests"], 10)
+        self.assertEqual(of["whole"]["rates"]["100"]["added_us"], {"p50": 0.0})
+        self.assertIn("broken: it fell over", report.markdown(known))
+        self.assertIn("round 2 of 2", said.getvalue())
+
+    def test_a_stream_that_its_client_leaves_is_an_exchange(self):
+        self.assertEqual(passes.counts({"requests": 1, "aborted": 9, "events": 50}, workloads.BY_NAME["abort"]), (10, 50))
+        self.assertEqual(passes.counts({"requests": 3}, workloads.BY_NAME["sse"]), (3, 600))
+        self.assertEqual(passes.counts({"requests": 3}, workloads.BY_NAME["small-json"]), (3, 0))
