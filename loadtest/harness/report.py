@@ -44,11 +44,36 @@ def with_spread(figures, name, digits=3):
 
 
 def markdown(results):
-    """All tables of a run."""
-    lines = []
+    """All of a run: how it was made, all CPU figures at a glance, then a section per workload."""
+    lines = [*made_by(results), *overview(results)]
     for name, workload in results["workloads"].items():
         lines += section(name, workload)
     return "\n".join(lines)
+
+
+def made_by(results):
+    """The command, the machine, and what was measured."""
+    machine, settings, versions = results["machine"], results["settings"], results["versions"]
+    where = "all on one core" if settings["one_core"] else "load and workers on other cores than the target"
+    if "load_cores" in settings:
+        where = f"load on cores {', '.join(map(str, settings['load_cores']))}"
+    return [f"`{results['command']}`", "", f"{machine['cpu']}, {machine['allowed_cores']} cores, Linux {machine['kernel']}; commit {results['commit'][:12]}, {results['when'][:10]}; "
+            f"{settings['rounds']} rounds of {settings['seconds']} s, {where}. " + "; ".join(f"{name}: {said}" for name, said in versions.items())]
+
+
+def overview(results):
+    """CPU time per request of every target (per stream, where streams are asked for), in µs, and its ratio."""
+    measured = {name: {target: figures["closed"]["cpu_us"] for target, figures in workload["targets"].items() if figures.get("closed", {}).get("cpu_us")}
+                for name, workload in results["workloads"].items()}
+    targets = list(dict.fromkeys(target for cpu in measured.values() for target in cpu))
+    if len(targets) < 2:
+        return []
+    lines = ["", f"CPU µs per request (÷ {base_of(targets)})", "", row(["workload", *targets]), "|---|" + "--:|" * len(targets)]
+    for name, cpu in measured.items():
+        reference = cpu.get(base_of(targets))
+        cells = [short(cpu.get(target)) + (f" ({short(cpu[target] / reference, 2)})" if reference and target in cpu and target != base_of(targets) else "") for target in targets]
+        lines += [row([name, *cells])] if cpu else []
+    return lines
 
 
 def section(name, workload):

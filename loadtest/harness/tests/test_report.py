@@ -12,10 +12,15 @@ def closed(cpu, **more):
     return {"closed": {"cpu_us": cpu, "rate": 1000.0, "failed": 0, "peak_rss_kb": 2048, "spread": {"cpu_us": 0.1}, **more}}
 
 
+def empty():
+    return {"command": "loadtest/compare.py", "commit": "0123456789abcdef", "when": "2026-01-31T09:30:00Z", "versions": {"nginx": "1.22"}, "workloads": {},
+            "machine": {"cpu": "a CPU", "allowed_cores": 2, "kernel": "6.1"}, "settings": {"one_core": True, "rounds": 3, "seconds": 4}}
+
+
 def results():
     at_rates = {"500": {"rate": 500.0, "latency_us": {"p50": 30.0}, "added_us": {"p50": 20.0, "p99": 40.0, "p999": 900.0}},
                 "2000": {"rate": 1999.0, "latency_us": {"p50": 33.0}, "added_us": {"p50": 23.0, "p99": -4.0, "p999": 70.0}}}
-    return {"workloads": {"small-json": {"summary": "a <small> one", "targets": {
+    return {**empty(), "workloads": {"small-json": {"summary": "a <small> one", "targets": {
         "direct": {"rates": {"500": {"rate": 500.0, "latency_us": {"p50": 10.0}}}, "closed": {"rate": 5000.0, "failed": 0}},
         "vllm-proxy": {**closed(6.0), "rates": at_rates, "system_calls": 0.25}, "nginx": closed(12.0), "haproxy": closed(10.0), "vllm-router": closed(100.0)}}}}
 
@@ -36,6 +41,12 @@ class Tables(unittest.TestCase):
         for line in report.markdown(whole).split("\n"):
             widths = [*widths, line.count("|")] if line.startswith("|") else []
             self.assertEqual(len(set(widths)), min(len(widths), 1), line)
+
+    def test_a_run_begins_with_how_it_was_made_and_all_targets_at_a_glance(self):
+        lines = report.markdown(results()).split("\n")
+        self.assertEqual(lines[0], "`loadtest/compare.py`")
+        self.assertIn("a CPU, 2 cores, Linux 6.1; commit 0123456789ab, 2026-01-31; 3 rounds of 4 s, all on one core. nginx: 1.22", lines)
+        self.assertIn("| small-json | 6.00 (0.50) | 12.0 | 10.0 (0.83) | 100 (8.3) |", lines)
 
     def test_failures_are_said_below_the_table(self):
         whole = results()
@@ -109,7 +120,7 @@ class Measuring(unittest.TestCase):
 
         running = {name: passes.Running(name, "127.0.0.1:1") for name in ("direct", "broken", "whole")}
         workload = dataclasses.replace(workloads.BY_NAME["small-json"], rates=(100,))
-        known, said = {"workloads": {}}, io.StringIO()
+        known, said = empty(), io.StringIO()
         with unittest.mock.patch.object(passes, "loop", load), contextlib.redirect_stderr(said):
             rounds.measure(None, running, workload, rounds.Manner(rounds=2, seconds=1, system_calls=False), rounds.Progress(10), known)
         of = known["workloads"]["small-json"]["targets"]
