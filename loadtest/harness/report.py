@@ -87,19 +87,24 @@ def section(name, workload):
         return lines + problems(targets)
     base = base_of(targets)
     reference = targets.get(base, {}).get("closed", {}).get("cpu_us")
-    streams = any("event_delay_us" in figures.get("closed", {}) for figures in targets.values())
-    per_event = any("cpu_us_per_event" in figures.get("closed", {}) for figures in targets.values())
-    heads = ["target", "CPU µs/request", f"÷ {base}", "requests/s", "system calls" + ("/event" if per_event else "/request"), "peak RSS, MB", "failed"]
-    heads[2:2] = ["CPU µs/event"] if per_event else []
-    heads += ["events/s", "first event p50 / p99, µs", "event delay p50 / p99, µs"] if streams else []
-    lines += [row(heads), "|---|" + "--:|" * (len(heads) - 1)]
+    has = lambda name: any(name in figures.get("closed", {}) for figures in targets.values())
+    per_event, streams, compared = has("cpu_us_per_event"), has("event_delay_us"), len(targets) > 1
+    columns = [
+        ("CPU µs/request", True, lambda closed, _: with_spread(closed, "cpu_us")),
+        ("CPU µs/event", per_event, lambda closed, _: short(closed.get("cpu_us_per_event"))),
+        (f"÷ {base}", compared, lambda closed, _: short(ratio(closed.get("cpu_us"), reference))),
+        ("requests/s", True, lambda closed, _: short(closed.get("rate"))),
+        ("system calls/event" if per_event else "system calls/request", True, lambda _, figures: short(figures.get("system_calls"))),
+        ("peak RSS, MB", True, lambda closed, _: mb(closed.get("peak_rss_kb"))),
+        ("failed", True, lambda closed, _: short(closed.get("failed"))),
+        ("events/s", streams, lambda closed, _: short(closed.get("events_per_second"))),
+        ("first event p50 / p99, µs", streams, lambda closed, _: pair(closed.get("first_event_us"))),
+        ("event delay p50 / p99, µs", streams, lambda closed, _: pair(closed.get("event_delay_us"))),
+    ]
+    columns = [(head, cell) for head, shown, cell in columns if shown]
+    lines += [row(["target", *(head for head, _ in columns)]), "|---|" + "--:|" * len(columns)]
     for target, figures in targets.items():
-        closed = figures.get("closed", {})
-        cells = [target, with_spread(closed, "cpu_us"), short(ratio(closed.get("cpu_us"), reference)), short(closed.get("rate")), short(figures.get("system_calls")),
-                 mb(closed.get("peak_rss_kb")), short(closed.get("failed"))]
-        cells[2:2] = [short(closed.get("cpu_us_per_event"))] if per_event else []
-        cells += [short(closed.get("events_per_second")), pair(closed.get("first_event_us")), pair(closed.get("event_delay_us"))] if streams else []
-        lines.append(row(cells))
+        lines.append(row([target, *(cell(figures.get("closed", {}), figures) for _, cell in columns)]))
     return lines + problems(targets) + rates(workload["targets"])
 
 
