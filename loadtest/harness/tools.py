@@ -113,5 +113,5 @@ def versions():
     for name, path, flag in (("wrk", tool("wrk"), "-v"), ("oha", oha(), "--version")):
         if path:
             printed = subprocess.run([path, flag], capture_output=True, text=True, timeout=20)
-            said[name] = (printed.stdout + printed.stderr).strip().split("\n")[0]
+            said[name] = (printed.stdout + printed.stderr).strip().split("\n")[0].split(" Copyright")[0]
     return said

@@ -45,7 +45,7 @@ class Tables(unittest.TestCase):
     def test_a_run_begins_with_how_it_was_made_and_all_targets_at_a_glance(self):
         lines = report.markdown(results()).split("\n")
         self.assertEqual(lines[0], "`loadtest/compare.py`")
-        self.assertIn("a CPU, 2 cores, Linux 6.1; commit 0123456789ab, 2026-01-31; 3 rounds of 4 s, all on one core. nginx: 1.22", lines)
+        self.assertIn("a CPU, 2 cores, Linux 6.1; commit 0123456789ab, 2026-01-31; 3 rounds of 4 s, all on one core. nginx 1.22", lines)
         self.assertIn("| small-json | 6.00 (0.50) | 12.0 | 10.0 (0.83) | 100 (8.3) |", lines)
 
     def test_failures_are_said_below_the_table(self):
