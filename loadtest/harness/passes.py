@@ -48,7 +48,7 @@ def closed(processes, running, workload, seconds, **how):
 def at_rate(processes, running, workload, seconds, rate, **how):
     """Latencies at a fixed rate, from when a request was due; and how late the generator itself has sent, where it tells."""
     said = loop(processes, running, workload, seconds, rate, **how)
-    return {name: said[name] for name in ("requests", "rate", "offered_rate", "failed", "first_failure", "latency_us", "first_event_us", "event_delay_us", "sent_late_us")
+    return {name: said[name] for name in ("requests", "rate", "offered_rate", "failed", "first_failure", "unsent", "latency_us", "first_event_us", "event_delay_us", "sent_late_us")
             if said.get(name) is not None}
 
 

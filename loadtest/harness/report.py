@@ -6,6 +6,7 @@ from .figures import PERCENTILES, ratio, short
 from .processes import ROOT
 
 BASE = "nginx"  # what ratios are to, where it was measured
+UNSENT = 0.02   # share of a fixed rate's requests that may be missing at the end of a run
 
 
 def output(*command):
@@ -118,7 +119,9 @@ def rates(targets):
     heads = ["offered/s", "target", "answered/s", f"{what} p50 / p99 / p99.9, µs", *(["first event p50 / p99, µs"] if events else [])]
     lines = ["", row(heads), "|--:|---|" + "--:|" * (len(heads) - 2)]
     for rate, target, figures in sorted(measured, key=lambda one: one[0]):
-        cells = [rate, target, short(figures.get("rate")), " / ".join(short((figures.get(of) or {}).get(name)) for name in PERCENTILES)]
+        # of requests that were never sent nobody knows how long they would have waited, but it is longer than those that were
+        least = "≥ " if (figures.get("unsent") or 0) > UNSENT else ""
+        cells = [rate, target, short(figures.get("rate")), least + " / ".join(short((figures.get(of) or {}).get(name)) for name in PERCENTILES)]
         lines.append(row(cells + ([pair(figures.get("first_event_us"))] if events else [])))
     return lines
 

@@ -51,20 +51,21 @@ def read_wrk(printed):
 
 
 def oha_at(processes, address, body, connections, seconds, rate, **how):
-    """So many requests per second, whether or not earlier ones are answered; a request that waits for a connection waits since it was due."""
+    """So many requests per second, whether or not earlier ones are answered; a request that waits for a connection waits since it was due.
+    One that is still waiting when time is over is never sent: `unsent` says which share of all, so that nobody takes the rest for the whole."""
     return read_oha(processes.run(
         "oha", oha(), "--no-tui", "--output-format", "json", "-z", f"{seconds}s", "-w", "-q", rate, "--latency-correction", "-c", connections, "-m", body.method,
-        "-T", body.content_type, "-D", body.file, f"http://{address}{body.path}", seconds=seconds + PATIENCE, **how), rate)
+        "-T", body.content_type, "-D", body.file, f"http://{address}{body.path}", seconds=seconds + PATIENCE, **how), rate, seconds)
 
 
-def read_oha(printed, rate):
+def read_oha(printed, rate, seconds):
     said = json.loads(printed)
     codes = said["statusCodeDistribution"]
     good = sum(count for code, count in codes.items() if code.startswith("2"))
     failed = sum(codes.values()) - good + sum(said["errorDistribution"].values())
     latency = {name: said["latencyPercentiles"][key] for name, key in (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p999", "p99.9"))}
     return {"requests": good, "rate": said["summary"]["requestsPerSec"], "seconds": said["summary"]["total"], "offered_rate": rate, "failed": failed,
-            "latency_us": {name: value * 1e6 for name, value in latency.items() if value is not None}}
+            "unsent": max(1 - (good + failed) / (rate * seconds), 0.0), "latency_us": {name: value * 1e6 for name, value in latency.items() if value is not None}}
 
 
 def load_command(address, workload, connections, seconds=None, rate=None):

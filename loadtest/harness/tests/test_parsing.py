@@ -35,13 +35,16 @@ class Parsing(unittest.TestCase):
             read_wrk("unable to connect to 127.0.0.1:1 Connection refused\n")
 
     def test_oha_counts_what_is_not_2xx_as_failed(self):
-        said = read_oha(json.dumps(OHA), 500)
-        self.assertEqual((said["requests"], said["failed"], said["offered_rate"]), (990, 10, 500))
+        said = read_oha(json.dumps(OHA), 500, 2)
+        self.assertEqual((said["requests"], said["failed"], said["offered_rate"], said["unsent"]), (990, 10, 500, 0.0))
         self.assertAlmostEqual(said["latency_us"]["p99"], 11_500)
 
     def test_oha_may_know_no_percentiles(self):
-        said = read_oha(json.dumps({**OHA, "latencyPercentiles": dict.fromkeys(OHA["latencyPercentiles"])}), 500)
+        said = read_oha(json.dumps({**OHA, "latencyPercentiles": dict.fromkeys(OHA["latencyPercentiles"])}), 500, 2)
         self.assertEqual(said["latency_us"], {})
+
+    def test_requests_that_oha_has_not_sent_are_missed(self):
+        self.assertAlmostEqual(read_oha(json.dumps(OHA), 500, 4)["unsent"], 0.5)
 
     def test_strace_is_read_from_its_sum(self):
         self.assertEqual(read_strace(STRACE), 148)

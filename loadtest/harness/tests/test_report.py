@@ -19,7 +19,7 @@ def empty():
 
 def results():
     at_rates = {"500": {"rate": 500.0, "latency_us": {"p50": 30.0}, "added_us": {"p50": 20.0, "p99": 40.0, "p999": 900.0}},
-                "2000": {"rate": 1999.0, "latency_us": {"p50": 33.0}, "added_us": {"p50": 23.0, "p99": -4.0, "p999": 70.0}}}
+                "2000": {"rate": 1999.0, "unsent": 0.2, "latency_us": {"p50": 33.0}, "added_us": {"p50": 23.0, "p99": -4.0, "p999": 70.0}}}
     return {**empty(), "workloads": {"small-json": {"summary": "a <small> one", "targets": {
         "direct": {"rates": {"500": {"rate": 500.0, "latency_us": {"p50": 10.0}}}, "closed": {"rate": 5000.0, "failed": 0}},
         "vllm-proxy": {**closed(6.0), "rates": at_rates, "system_calls": 0.25}, "nginx": closed(12.0), "haproxy": closed(10.0), "vllm-router": closed(100.0)}}}}
@@ -31,6 +31,7 @@ class Tables(unittest.TestCase):
         self.assertIn("| vllm-proxy | 6.00 ±5 % | 0.500 | 1000 | 0.250 | 2.0 | 0 |", said)
         self.assertIn("| vllm-router | 100 ±5 % | 8.33 |", said)
         self.assertIn("| 500 | vllm-proxy | 500 | 20.0 / 40.0 / 900 |", said)
+        self.assertIn("| 2000 | vllm-proxy | 1999 | ≥ 23.0 / -4.00 / 70.0 |", said)
 
     def test_every_row_of_a_table_has_as_many_cells_as_its_head(self):
         whole = results()
