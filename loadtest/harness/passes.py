@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from . import tools
 from .figures import ratio
-from .processes import Failed, cpu_ns, family, forget_peak, memory_kb, tool
+from .processes import Failed, cpu_ns, family, forget_peak, memory_kb, open_files, tool
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,12 @@ def read_strace(said):
 
 
 def idle(processes, running, workload, **how):
-    """Memory of connections that do nothing: what the target has more with them than without, per connection."""
+    """Memory of connections that do nothing: what the target has more with them than without, per connection.
+    There are fewer of them than asked for where a process may not have that many open."""
     forget_peak(running.pid)
     before = memory_kb(running.pid)
-    child = processes.start("idle", *tools.load_command(running.address, workload, workload.connections), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **how)
+    connections = min(workload.connections, open_files() - 1000)
+    child = processes.start("idle", *tools.load_command(running.address, workload, connections), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **how)
     try:
         said = json.loads(line_of(child.stdout, tools.PATIENCE))
         with_them = memory_kb(running.pid)

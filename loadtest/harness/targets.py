@@ -90,6 +90,9 @@ def haproxy(place):
     return [tool("haproxy"), "-db", "-f", place.processes.write(f"haproxy-{place.port}.cfg", f"""
 global
   nbthread {place.shards}
+  # it counts two descriptors for each connection, and idle ones have but one
+  no strict-limits
+  maxconn {open_files() - 1000}
   tune.bufsize {65_536 if place.large_bodies else 16_384}
 defaults
   mode http
