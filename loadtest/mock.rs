@@ -30,7 +30,7 @@ use clap::Parser;
 use memchr::memmem;
 use tokio::{
     io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpSocket, TcpStream},
     task::LocalSet,
 };
 
@@ -38,6 +38,8 @@ use crate::{chunked::Chunked, clock::now_ns};
 
 /// Bytes that are read at once. There is one such buffer for all connections.
 const READ_BYTES: usize = 256 * 1024;
+/// Connections that may wait to be accepted: a thousand streams may begin at once.
+const BACKLOG: u32 = 4096;
 /// The longest head, and the most fields that it may have.
 const LONGEST_HEAD: usize = 64 * 1024;
 const MOST_FIELDS: usize = 64;
@@ -82,7 +84,10 @@ fn main() -> io::Result<()> {
     vllm_proxy::base::raise_open_files();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async move {
-        let listener = TcpListener::bind(args.address).await?;
+        let socket = if args.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(args.address)?;
+        let listener = socket.listen(BACKLOG)?;
         eprintln!("listening on {}", listener.local_addr()?);
         let worker = Rc::new(Worker::new(&args));
         loop {

@@ -174,7 +174,7 @@ impl Run {
         let mut connection = None;
         if first.is_none() && self.manner == Manner::Keep {
             // that it must be opened is no part of a latency, and if it cannot be, its first request tells
-            connection = Connection::open(self.address).await.ok();
+            connection = Connection::open_in_turn(self.address).await.ok();
         }
         let mut turn = first.map_or_else(|| self.turn(), Turn::Send);
         loop {
