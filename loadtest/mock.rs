@@ -4,7 +4,8 @@
 //! `mock ADDRESS [EVENTS] [--gap-ms G] [--models a,b]`: a request whose body says `"stream": true` is answered with that
 //! many events, each in a chunk and a write of its own, G milliseconds apart; any other with what its path says, 300
 //! bytes of JSON in most cases. `max_tokens` and `mock_gap_ms` in the body of a stream replace the two numbers. Each
-//! event's id ends with the time at which it was written, in nanoseconds of `CLOCK_MONOTONIC`.
+//! event's id ends with the time at which it was written, in nanoseconds of `CLOCK_MONOTONIC`. Streams that began together
+//! are written together, as the steps of an engine make them be.
 //!
 //! It must not be what is measured: it allocates nothing per request, but once for a stream and for tokens, and of a body
 //! it looks at both ends only.
