@@ -24,8 +24,8 @@ use crate::{
 /// Bytes that are read at once. There is one such buffer for all connections.
 const READ_BYTES: usize = 128 * 1024;
 
-/// How many connections are opened at a time, and how long the listener is given to accept them: what its queue has no room
-/// for is only tried again by the kernel after a second.
+/// How many connections are opened at a time, and how long the listener is given to accept them: what its queue has no
+/// room for is only tried again by the kernel after a second.
 const OPENING: usize = 64;
 const ACCEPTED_IN: Duration = Duration::from_millis(5);
 
@@ -99,8 +99,8 @@ impl Connection {
         Ok(opened)
     }
 
-    /// Whether a failure means no more than that the other side had closed a connection that was kept: then the request is
-    /// sent once more, on a new one, as every client does.
+    /// Whether a failure means no more than that the other side had closed a connection that was kept: then the request
+    /// is sent once more, on a new one, as every client does.
     pub(crate) fn was_stale(&self, failure: &Failure, exchange: &Exchange<'_>) -> bool {
         let closed = matches!(failure, Failure::NoAnswer | Failure::Broken(_));
         self.used && closed && exchange.received() == 0

@@ -1,5 +1,5 @@
-//! The load generator of the measurements: for what `wrk` and `oha` cannot do. Delays of events, clients that leave, chats
-//! that grow, requests at a fixed rate whose latencies count from when they were due, idle connections, large bodies.
+//! The load generator of the measurements: for what `wrk` and `oha` cannot do. Delays of events, clients that leave,
+//! chats that grow, requests at a fixed rate whose latencies count from when they were due, idle connections, churn.
 //!
 //! `load --address 127.0.0.1:8000 --workload sse --gap-ms 10 --connections 64 --seconds 10` prints one JSON object;
 //! `--list` tells the workloads, `--print-body` what they send.
@@ -9,6 +9,7 @@
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "a tool for the terminal")]
 
 mod answer;
+mod bodies;
 mod chance;
 mod chunked;
 mod clock;
@@ -36,12 +37,13 @@ use serde_json::json;
 use tokio::task::LocalSet;
 
 use crate::{
+    bodies::Asked,
     chance::Chance,
     clock::now_ns,
     run::Run,
     schedule::{Arrivals, Schedule},
     tally::{Load, Tally},
-    workload::{Asked, Manner, WORKLOADS, Workload},
+    workload::{Manner, WORKLOADS, Workload},
 };
 
 /// How long answers are awaited after the end, beside the time that a stream takes.
