@@ -4,7 +4,8 @@
 //! `mock ADDRESS [EVENTS] [--gap-ms G] [--models a,b]`: a request whose body says `"stream": true` is answered with that
 //! many events, each in a chunk and a write of its own, G milliseconds apart; any other with what its path says, 300
 //! bytes of JSON in most cases. `max_tokens` and `mock_gap_ms` in the body of a stream replace the two numbers. Each
-//! event's id ends with the time at which it was written, in nanoseconds of `CLOCK_MONOTONIC`.
+//! event's id ends with the time at which it was written, in nanoseconds of `CLOCK_MONOTONIC`. Streams that began together
+//! are written together, as the steps of an engine make them be.
 //!
 //! It must not be what is measured: it allocates nothing per request, but once for a stream and for tokens, and of a body
 //! it looks at both ends only.
@@ -22,15 +23,16 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
+    sync::LazyLock,
     task::{Poll, ready},
     time::Duration,
 };
 
 use clap::Parser;
-use memchr::memmem;
+use memchr::memmem::{self, Finder};
 use tokio::{
     io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpSocket, TcpStream},
     task::LocalSet,
 };
 
@@ -38,6 +40,8 @@ use crate::{chunked::Chunked, clock::now_ns};
 
 /// Bytes that are read at once. There is one such buffer for all connections.
 const READ_BYTES: usize = 256 * 1024;
+/// Connections that may wait to be accepted: a thousand streams may begin at once.
+const BACKLOG: u32 = 4096;
 /// The longest head, and the most fields that it may have.
 const LONGEST_HEAD: usize = 64 * 1024;
 const MOST_FIELDS: usize = 64;
@@ -50,6 +54,11 @@ const TOKENISED: usize = 256 * 1024;
 const TOKEN_BYTES: usize = 4;
 /// Inputs that have an embedding.
 const EMBEDDINGS: usize = 64;
+
+/// Fields of a body that are looked for.
+static STREAM: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("\"stream\""));
+static MAX_TOKENS: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("\"max_tokens\""));
+static GAP_MS: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new("\"mock_gap_ms\""));
 
 const HEAD: &str = "HTTP/1.1 200 OK\r\ndate: Sat, 21 Nov 2026 09:10:03 GMT\r\nserver: uvicorn\r\n";
 const STREAM_HEAD: &str =
@@ -82,7 +91,10 @@ fn main() -> io::Result<()> {
     vllm_proxy::base::raise_open_files();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async move {
-        let listener = TcpListener::bind(args.address).await?;
+        let socket = if args.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(args.address)?;
+        let listener = socket.listen(BACKLOG)?;
         eprintln!("listening on {}", listener.local_addr()?);
         let worker = Rc::new(Worker::new(&args));
         loop {
@@ -207,25 +219,29 @@ impl Worker {
         stream.set_nodelay(true)?;
         let mut request = Request::default();
         while request.read(&mut stream).await? {
-            match request.wants {
-                Wants::Health => stream.write_all(request.cut(&self.health)).await?,
-                Wants::Version => stream.write_all(request.cut(&self.version)).await?,
-                Wants::Models => stream.write_all(request.cut(&self.models)).await?,
-                Wants::Metrics => stream.write_all(request.cut(&self.metrics)).await?,
-                Wants::Embeddings => stream.write_all(request.cut(&self.embeddings)).await?,
-                Wants::Transcription => stream.write_all(request.cut(&self.transcription)).await?,
-                Wants::Tokens => stream.write_all(&tokens(&request.begin)).await?,
-                Wants::Text if request.streams() => self.stream(&mut stream, &request).await?,
-                Wants::Text => stream.write_all(request.cut(&self.chat)).await?,
-            }
+            let answer = match request.wants {
+                Wants::Health => &self.health,
+                Wants::Version => &self.version,
+                Wants::Models => &self.models,
+                Wants::Metrics => &self.metrics,
+                Wants::Embeddings => &self.embeddings,
+                Wants::Transcription => &self.transcription,
+                Wants::Tokens => &tokens(&request.begin),
+                Wants::Text if request.streams() => {
+                    self.stream(&mut stream, &request).await?;
+                    continue;
+                }
+                Wants::Text => &self.chat,
+            };
+            stream.write_all(request.cut(answer)).await?;
         }
         Ok(())
     }
 
     /// Event N is due N gaps after the head, so that what is late now does not make all that follow late.
     async fn stream(&self, stream: &mut TcpStream, request: &Request) -> io::Result<()> {
-        let events = request.number(b"\"max_tokens\"").unwrap_or(self.events);
-        let gap_ms = request.number(b"\"mock_gap_ms\"").unwrap_or(self.gap_ms);
+        let events = request.number(&MAX_TOKENS).unwrap_or(self.events);
+        let gap_ms = request.number(&GAP_MS).unwrap_or(self.gap_ms);
         let mut event = self.event.clone();
         stream.write_all(&self.stream_head).await?;
         let begin = tokio::time::Instant::now();
@@ -415,18 +431,18 @@ impl Request {
     }
 
     /// What is at the place of a value, if this key is at one of the body's ends.
-    fn value(&self, key: &[u8]) -> Option<&[u8]> {
+    fn value(&self, key: &Finder<'_>) -> Option<&[u8]> {
         [&self.begin, &self.end].into_iter().find_map(|part| {
-            let behind = part.get(memmem::find(part, key)? + key.len()..)?;
+            let behind = part.get(key.find(part)? + key.needle().len()..)?;
             Some(behind.trim_ascii_start().strip_prefix(b":")?.trim_ascii_start())
         })
     }
 
     fn streams(&self) -> bool {
-        self.value(b"\"stream\"").is_some_and(|value| value.starts_with(b"true"))
+        self.value(&STREAM).is_some_and(|value| value.starts_with(b"true"))
     }
 
-    fn number(&self, key: &[u8]) -> Option<u32> {
+    fn number(&self, key: &Finder<'_>) -> Option<u32> {
         let value = self.value(key)?;
         let digits = value.iter().take_while(|byte| byte.is_ascii_digit()).count();
         std::str::from_utf8(&value[..digits]).ok()?.parse().ok()
@@ -434,10 +450,8 @@ impl Request {
 
     /// What of an answer is sent.
     fn cut<'a>(&self, answer: &'a [u8]) -> &'a [u8] {
-        match memmem::find(answer, b"\r\n\r\n") {
-            Some(end) if self.head_only => &answer[..end + 4],
-            _ => answer,
-        }
+        let end = if self.head_only { memmem::find(answer, b"\r\n\r\n") } else { None };
+        end.map_or(answer, |end| &answer[..end + 4])
     }
 }
 
@@ -462,7 +476,7 @@ mod tests {
             for part in all.as_bytes().chunks(size) {
                 request.feed(part).unwrap();
                 while matches!(request.part, Part::Over) {
-                    let numbers = (request.number(b"\"max_tokens\""), request.number(b"\"mock_gap_ms\""));
+                    let numbers = (request.number(&MAX_TOKENS), request.number(&GAP_MS));
                     seen.push((request.wants, request.streams(), numbers, request.head_only));
                     let left = std::mem::take(&mut request.left);
                     request = Request::default();
@@ -488,7 +502,7 @@ mod tests {
                 request.feed(part).unwrap();
             }
             assert!(matches!(request.part, Part::Over) && request.expects);
-            assert_eq!((request.streams(), request.number(b"\"max_tokens\"")), (true, Some(5)));
+            assert_eq!((request.streams(), request.number(&MAX_TOKENS)), (true, Some(5)));
             assert_eq!((request.begin.len(), request.end.len()), (BEGIN, END));
         }
     }

@@ -218,7 +218,7 @@ fn read_head(bytes: &[u8]) -> Result<Option<Head>, Failure> {
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(_) => return Err(Failure::Head("it is no HTTP/1")),
     };
-    let mut part = Part::UntilClosed;
+    let (mut chunked, mut body_bytes) = (false, None);
     let mut keeps = head.version == Some(1);
     for field in head.headers.iter() {
         let is = |name: &str| field.name.eq_ignore_ascii_case(name);
@@ -226,17 +226,24 @@ fn read_head(bytes: &[u8]) -> Result<Option<Head>, Failure> {
             if !field.value.eq_ignore_ascii_case(b"chunked") {
                 return Err(Failure::Head("an unknown transfer-encoding"));
             }
-            part = Part::Chunked(Chunked::new());
+            chunked = true;
         } else if is("content-length") {
-            if matches!(part, Part::Chunked(_)) {
-                return Err(Failure::Head("content-length beside transfer-encoding"));
-            }
             let value = std::str::from_utf8(field.value).ok().and_then(|value| value.trim().parse().ok());
-            part = Part::Length(value.ok_or(Failure::Head("content-length is no number"))?);
-        } else if is("connection") && field.value.eq_ignore_ascii_case(b"close") {
-            keeps = false;
+            let value: u64 = value.ok_or(Failure::Head("content-length is no number"))?;
+            if body_bytes.replace(value).is_some_and(|other| other != value) {
+                return Err(Failure::Head("two content-lengths"));
+            }
+        } else if is("connection") {
+            let mut words = field.value.split(|byte| *byte == b',');
+            keeps &= !words.any(|word| word.trim_ascii().eq_ignore_ascii_case(b"close"));
         }
     }
+    let part = match (chunked, body_bytes) {
+        (true, Some(_)) => return Err(Failure::Head("content-length beside transfer-encoding")),
+        (true, None) => Part::Chunked(Chunked::new()),
+        (false, Some(bytes)) => Part::Length(bytes),
+        (false, None) => Part::UntilClosed,
+    };
     keeps &= !matches!(part, Part::UntilClosed);
     Ok(Some(Head { bytes: length, status: head.code.unwrap_or(0), part, keeps }))
 }
@@ -248,7 +255,7 @@ mod tests {
     const LENGTH: &str = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello";
     const EMPTY: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
     const INTERIM: &str =
-        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nConnection: close\r\ncontent-length: 2\r\n\r\n{}";
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nConnection: x, Close\r\ncontent-length: 2\r\n\r\n{}";
     const STREAM: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nc\r\ndata: {\"a\":1\r\n3\r\n}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
     const CLOSED: &str = "HTTP/1.1 200 OK\r\n\r\ndata: x\n\ndata: [DONE]\n\n";
 
@@ -305,6 +312,14 @@ mod tests {
         assert!(matches!(read(&endless, false, 1000), Err(Failure::Head(_))));
         let wrong = STREAM.replacen("\r\nc\r\n", "\r\nx\r\n", 1);
         assert!(matches!(read(&wrong, true, 1000), Err(Failure::Body(_))));
+        for framing in ["content-length: 6", "transfer-encoding: chunked", "content-length: x"] {
+            for twice in
+                [format!("{framing}\r\ncontent-length: 5"), format!("content-length: 5\r\n{framing}")]
+            {
+                let answer = LENGTH.replacen("content-length: 5", &twice, 1);
+                assert!(matches!(read(&answer, false, 1000), Err(Failure::Head(_))), "{answer}");
+            }
+        }
         let coded = STREAM.replacen("chunked", "gzip", 1);
         assert!(matches!(read(&coded, true, 1000), Err(Failure::Head(_))));
     }

@@ -6,12 +6,14 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead as _, AsyncWrite as _, ReadBuf},
     net::TcpStream,
     sync::Semaphore,
+    time::sleep,
 };
 
 use crate::{
@@ -22,9 +24,10 @@ use crate::{
 /// Bytes that are read at once. There is one such buffer for all connections.
 const READ_BYTES: usize = 128 * 1024;
 
-/// How many connections are opened at a time: as many as any listener's queue has room for. What is refused there is only
-/// tried again after a second.
+/// How many connections are opened at a time, and how long the listener is given to accept them: what its queue has no
+/// room for is only tried again by the kernel after a second.
 const OPENING: usize = 64;
+const ACCEPTED_IN: Duration = Duration::from_millis(5);
 
 static MAY_OPEN: Semaphore = Semaphore::const_new(OPENING);
 
@@ -83,14 +86,21 @@ impl Connection {
     /// # Errors
     /// There is nobody, or no port left.
     pub(crate) async fn open(address: SocketAddr) -> Result<Self, Failure> {
-        let _turn = MAY_OPEN.acquire().await;
         let stream = TcpStream::connect(address).await.map_err(Failure::Connect)?;
         stream.set_nodelay(true).map_err(Failure::Connect)?;
         Ok(Self { stream, used: false })
     }
 
-    /// Whether a failure means no more than that the other side had closed a connection that was kept: then the request is
-    /// sent once more, on a new one, as every client does.
+    /// The same where many are opened that are then kept: not all at once.
+    pub(crate) async fn open_in_turn(address: SocketAddr) -> Result<Self, Failure> {
+        let _turn = MAY_OPEN.acquire().await;
+        let opened = Self::open(address).await?;
+        sleep(ACCEPTED_IN).await;
+        Ok(opened)
+    }
+
+    /// Whether a failure means no more than that the other side had closed a connection that was kept: then the request
+    /// is sent once more, on a new one, as every client does.
     pub(crate) fn was_stale(&self, failure: &Failure, exchange: &Exchange<'_>) -> bool {
         let closed = matches!(failure, Failure::NoAnswer | Failure::Broken(_));
         self.used && closed && exchange.received() == 0

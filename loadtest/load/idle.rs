@@ -42,7 +42,7 @@ pub(crate) async fn open(
 }
 
 async fn one(address: SocketAddr, request: &[u8]) -> Result<(Connection, u64, u64), Failure> {
-    let mut connection = Connection::open(address).await?;
+    let mut connection = Connection::open_in_turn(address).await?;
     let begin_ns = now_ns();
     let mut exchange = Exchange::new(request, false, u64::MAX);
     connection.exchange(&mut exchange, |_| ()).await?;

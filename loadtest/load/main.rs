@@ -1,5 +1,5 @@
-//! The load generator of the measurements: for what `wrk` and `oha` cannot do. Delays of events, clients that leave, chats
-//! that grow, requests at a fixed rate whose latencies count from when they were due, idle connections, large bodies.
+//! The load generator of the measurements: for what `wrk` and `oha` cannot do. Delays of events, clients that leave,
+//! chats that grow, requests at a fixed rate whose latencies count from when they were due, idle connections, churn.
 //!
 //! `load --address 127.0.0.1:8000 --workload sse --gap-ms 10 --connections 64 --seconds 10` prints one JSON object;
 //! `--list` tells the workloads, `--print-body` what they send.
@@ -9,6 +9,7 @@
 #![expect(clippy::print_stderr, clippy::print_stdout, reason = "a tool for the terminal")]
 
 mod answer;
+mod bodies;
 mod chance;
 mod chunked;
 mod clock;
@@ -23,6 +24,7 @@ mod timer;
 mod workload;
 
 use std::{
+    ffi::OsString,
     io::{self, Write as _},
     net::SocketAddr,
     process::ExitCode,
@@ -35,12 +37,13 @@ use serde_json::json;
 use tokio::task::LocalSet;
 
 use crate::{
+    bodies::Asked,
     chance::Chance,
     clock::now_ns,
     run::Run,
     schedule::{Arrivals, Schedule},
     tally::{Load, Tally},
-    workload::{Asked, Manner, WORKLOADS, Workload},
+    workload::{Manner, WORKLOADS, Workload},
 };
 
 /// How long answers are awaited after the end, beside the time that a stream takes.
@@ -119,11 +122,11 @@ fn named(name: &str) -> Result<&'static Workload, String> {
 }
 
 impl Args {
-    fn parse_all() -> Result<Self, clap::Error> {
+    fn read(words: impl Iterator<Item = OsString>) -> Result<Self, clap::Error> {
         let rows: Vec<String> =
             WORKLOADS.iter().map(|workload| format!("  {:14} {}", workload.name, workload.help)).collect();
         let command = Self::command().after_help(format!("Workloads:\n{}", rows.join("\n")));
-        let args = Self::from_arg_matches(&command.try_get_matches()?)?;
+        let args = Self::from_arg_matches(&command.try_get_matches_from(words)?)?;
         args.check()
             .map_err(|problem| Self::command().error(clap::error::ErrorKind::ValueValidation, problem))?;
         Ok(args)
@@ -150,7 +153,7 @@ impl Args {
 }
 
 fn main() -> ExitCode {
-    let args = match Args::parse_all() {
+    let args = match Args::read(std::env::args_os()) {
         Ok(args) => args,
         Err(error) if error.use_stderr() => {
             eprintln!("{}", error.to_string().lines().next().unwrap_or_default());
@@ -248,5 +251,47 @@ async fn tell(run: Rc<Run>) {
         let p99_ms = tally.latency.percentile_ns(0.99) as f64 / 1e6;
         eprintln!("{second:4} s  {:8} requests/s  p99 {p99_ms:.2} ms  {failed} failed", now - before);
         before = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Args, String> {
+        let words = ["load"].into_iter().chain(line.split_whitespace()).map(OsString::from);
+        Args::read(words).map_err(|error| error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
+
+    #[test]
+    fn the_command_line_is_what_the_harness_writes() {
+        let args = read(
+            "--address 127.0.0.1:1 --workload sse --connections 64 --rate 2.5 --requests 7 --seconds 0.5 --warmup-seconds 0 --seed 3 --gap-ms 10 --events 20 --models a,b --quiet",
+        );
+        let args = args.unwrap();
+        let asked = args.asked(args.workload.unwrap());
+        assert_eq!((asked.events, asked.gap_ms, asked.seed, asked.models.len()), (20, 10, 3, 2));
+        assert_eq!((args.rate, args.seconds, args.requests), (Some(2.5), Some(0.5), Some(7)));
+        assert!(read("--list").is_ok() && read("--print-body chats").is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_in_one_line() {
+        let wanted = "--address 127.0.0.1:1 --workload small-json";
+        assert!(read(wanted).is_ok());
+        for wrong in
+            ["--rate 0", "--rate nan", "--seconds -1", "--connections 0", "--events 0", "--warmup-seconds -2"]
+        {
+            let problem = read(&format!("{wanted} {wrong}")).unwrap_err();
+            assert!(problem.starts_with("error: "), "{wrong}: {problem}");
+        }
+        for wrong in [
+            "",
+            "--workload sse",
+            "--address x --workload sse",
+            "--address 127.0.0.1:1 --workload two-models",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -39,3 +39,22 @@ impl Timer {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_is_never_early_and_can_be_set_again() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let timer = Timer::new().unwrap();
+            for wait_ns in [0, 1_000, 1_000_000, 100, 2_000_000] {
+                let at_ns = now_ns() + wait_ns;
+                timer.until(at_ns).await.unwrap();
+                assert!(now_ns() >= at_ns);
+            }
+            timer.until(1).await.unwrap();
+        });
+    }
+}
