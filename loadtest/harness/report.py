@@ -58,7 +58,7 @@ def made_by(results):
     where = "all on one core" if settings["one_core"] else "load and workers on other cores than the target"
     if "load_cores" in settings:
         where = f"load on cores {', '.join(map(str, settings['load_cores']))}"
-    return [f"`{results['command']}`", "", f"{machine['cpu']}, {machine['allowed_cores']} cores, Linux {machine['kernel']}; commit {results['commit'][:12]}, {results['when'][:10]}; "
+    return [f"`{results['command']}`", "", f"{machine['cpu']}, {machine['allowed_cores']} cores, Linux {machine['kernel']}, load {machine['load_before'][0]} before; commit {results['commit'][:12]}, {results['when'][:10]}; "
             f"{settings['rounds']} rounds of {settings['seconds']} s, {where}. " + "; ".join(said if name in said.lower() else f"{name} {said}" for name, said in versions.items())]
 
 

@@ -14,7 +14,7 @@ def closed(cpu, **more):
 
 def empty():
     return {"command": "loadtest/compare.py", "commit": "0123456789abcdef", "when": "2026-01-31T09:30:00Z", "versions": {"nginx": "1.22"}, "workloads": {},
-            "machine": {"cpu": "a CPU", "allowed_cores": 2, "kernel": "6.1"}, "settings": {"one_core": True, "rounds": 3, "seconds": 4}}
+            "machine": {"cpu": "a CPU", "allowed_cores": 2, "kernel": "6.1", "load_before": [0.25, 0.1, 0.0]}, "settings": {"one_core": True, "rounds": 3, "seconds": 4}}
 
 
 def results():
@@ -46,7 +46,7 @@ class Tables(unittest.TestCase):
     def test_a_run_begins_with_how_it_was_made_and_all_targets_at_a_glance(self):
         lines = report.markdown(results()).split("\n")
         self.assertEqual(lines[0], "`loadtest/compare.py`")
-        self.assertIn("a CPU, 2 cores, Linux 6.1; commit 0123456789ab, 2026-01-31; 3 rounds of 4 s, all on one core. nginx 1.22", lines)
+        self.assertIn("a CPU, 2 cores, Linux 6.1, load 0.25 before; commit 0123456789ab, 2026-01-31; 3 rounds of 4 s, all on one core. nginx 1.22", lines)
         self.assertIn("| small-json | 6.00 (0.50) | 12.0 | 10.0 (0.83) | 100 (8.3) |", lines)
 
     def test_failures_are_said_below_the_table(self):
