@@ -56,7 +56,7 @@ def lines(title, along, names, panels):
     wide, tall, top = 200, 220, 64
     parts = [text(16, 26, title, "title")]
     for at, (panel, lines) in enumerate(panels.items()):
-        left = 60 + at * (wide + 36)
+        left = 76 + at * (wide + 36)
         place = lambda x, y: (left + (wide * (math.log10(x) - first) / (last - first) if last > first else wide / 2),
                               top + tall * (1 - (math.log10(max(y, 1)) - low) / (high - low)))
         parts.append(text(left, top - 12, {"p999": "p99.9"}.get(panel, panel)))
@@ -68,9 +68,9 @@ def lines(title, along, names, panels):
             ends = [place(x, y) for x, y in sorted(points)]
             parts.append(f'<polyline fill="none" stroke="{of[name]}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in ends)}"/>')
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{of[name]}"/>' for x, y in ends]
-    parts.append(text(60 + wide / 2, top + tall + 38, along, "faint", "middle"))
+    parts.append(text(76 + wide / 2, top + tall + 38, along, "faint", "middle"))
     y = top + tall + 62
     for at, (name, colour) in enumerate(of.items()):
-        x = 60 + at % 4 * 170
+        x = 76 + at % 4 * 170
         parts += [f'<rect x="{x}" y="{y + at // 4 * 20 - 10}" width="12" height="12" fill="{colour}"/>', text(x + 18, y + at // 4 * 20, name)]
     return page(WIDTH, y + (len(of) - 1) // 4 * 20 + 18, parts)
