@@ -94,8 +94,9 @@ impl Drop for Strace {
     }
 }
 
-/// The binary, whose instructions in user space are counted from its first to its last.
+/// The binary, whose instructions in user space are counted from its first to its last, thread by thread.
 pub(crate) struct Callgrind {
+    /// Each thread's has its number behind it.
     profile: PathBuf,
     pub(crate) addr: SocketAddr,
     pub(crate) shard: Thread,
@@ -109,24 +110,33 @@ impl Callgrind {
         let mut command = Command::new("valgrind");
         let profile = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let out = format!("--callgrind-out-file={}", profile.display());
-        command.args(["-q", "--tool=callgrind", &out]).arg(env!("CARGO_BIN_EXE_vllm-proxy"));
+        command.args(["-q", "--tool=callgrind", "--separate-threads=yes", &out]);
+        command.arg(env!("CARGO_BIN_EXE_vllm-proxy"));
         let (valgrind, addr) = start(command, io, scene);
         let shard = Thread::shard_of_process(valgrind.0.id());
         Self { profile, addr, shard, valgrind }
     }
 
-    /// Ends it; all instructions that it took, and where the profile is.
-    pub(crate) fn end(mut self) -> (u64, PathBuf) {
+    /// Ends it.
+    pub(crate) fn end(mut self) -> Vec<Profile> {
         let process = Pid::from_child(&self.valgrind.0);
         kill_process(process, Signal::TERM).unwrap();
         assert!(self.valgrind.0.wait().unwrap().success(), "it ended badly");
-        (totals(&self.profile), self.profile)
+        let of_thread = |thread| PathBuf::from(format!("{}-{thread:02}", self.profile.display()));
+        (1..).map(of_thread).map_while(Profile::read).collect()
     }
 }
 
-/// What stands in a profile under `totals`.
-fn totals(profile: &Path) -> u64 {
-    let text = fs::read_to_string(profile).unwrap();
-    let totals = text.lines().find_map(|line| line.strip_prefix("totals: "));
-    totals.and_then(|total| total.trim().parse().ok()).unwrap_or_else(|| panic!("no totals in a profile"))
+/// What a thread has done.
+pub(crate) struct Profile {
+    pub(crate) path: PathBuf,
+    pub(crate) instructions: u64,
+}
+
+impl Profile {
+    fn read(path: PathBuf) -> Option<Self> {
+        let text = fs::read_to_string(&path).ok()?;
+        let totals = text.lines().find_map(|line| line.strip_prefix("totals: "));
+        Some(Self { path, instructions: totals.map_or(0, |totals| totals.trim().parse().unwrap()) })
+    }
 }
