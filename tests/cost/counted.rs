@@ -4,7 +4,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -34,13 +34,19 @@ impl Drop for Folder {
     }
 }
 
+/// Starts `command`, which ends in the binary's name.
+///
+/// # Panics
+/// If its program is missing, or may not look at what it starts.
 fn start(command: Command, io: Io, scene: &Scene) -> (Ended, SocketAddr) {
+    let there = Command::new(command.get_program()).arg("--version").stdout(Stdio::null()).status();
+    assert!(there.is_ok(), "{:?} is missing; `tests/run --only-install` installs it", command.get_program());
     let (io, url) = (if io == Io::Uring { "uring" } else { "epoll" }, scene.worker().url());
     let mut arguments = vec!["--io", io, "--no-pin", "--worker-urls", &url];
     QUIET.iter().for_each(|(name, value)| arguments.extend([name, value]));
     let (child, addr, log) = binary_with_log(command, &arguments, |command| {
-        // it says why it is not allowed to count
-        command.stderr(std::process::Stdio::inherit());
+        // there it says why, if it may not
+        command.stderr(Stdio::inherit());
     });
     drop(log);
     (child, addr)
@@ -57,7 +63,7 @@ pub(crate) struct Strace {
 
 impl Strace {
     /// # Panics
-    /// If there is no strace, or it may not look at its own child.
+    /// If there is no strace, or the kernel does not let it look at its own child.
     pub(crate) fn start(io: Io, scene: &Scene) -> Self {
         let folder = Folder::new();
         let mut command = Command::new("strace");

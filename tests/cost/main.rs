@@ -18,7 +18,12 @@
 )]
 
 #[path = "../support/mod.rs"]
-#[expect(dead_code, unused_imports, reason = "the harness of all tests, of which these need a part")]
+#[expect(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "the harness of all tests, of which these need a part"
+)]
 mod support;
 
 /// Counts allocations of a thread.
