@@ -1,7 +1,8 @@
 //! What an exchange may cost, counted and not timed, so that it says the same on every machine: a guard against
 //! what creeps in.
 //!
-//! Three things are counted, each for a small JSON exchange and for one event of a stream: allocations on the shard's
+//! Three things are counted, each for a small JSON exchange, for one with a
+//! long prompt and for one event of a stream: allocations on the shard's
 //! thread, with the proxy in this process; system calls of that thread, by `strace` around the binary; and, of a
 //! release build only, instructions, by `valgrind` around it: `cargo test --release --test cost`. One client, one
 //! worker, one exchange at a time, and who is to speak next waits until the shard sleeps ([`scene`]): so every
@@ -80,15 +81,21 @@ impl What {
 const BUDGETS: &[Budget] = &[
     Budget { what: What::Allocations,  case: Case::Json,  io: Io::Uring, most: 6.0 },
     Budget { what: What::Allocations,  case: Case::Json,  io: Io::Epoll, most: 6.0 },
+    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Uring, most: 7.0 },
+    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Epoll, most: 7.0 },
     Budget { what: What::Allocations,  case: Case::Event, io: Io::Uring, most: 0.0 },
     Budget { what: What::Allocations,  case: Case::Event, io: Io::Epoll, most: 0.0 },
     Budget { what: What::SystemCalls,  case: Case::Json,  io: Io::Uring, most: 4.0 },
     Budget { what: What::SystemCalls,  case: Case::Json,  io: Io::Epoll, most: 8.0 },
+    Budget { what: What::SystemCalls,  case: Case::Long,  io: Io::Uring, most: 5.0 },
+    Budget { what: What::SystemCalls,  case: Case::Long,  io: Io::Epoll, most: 9.0 },
     Budget { what: What::SystemCalls,  case: Case::Event, io: Io::Uring, most: 2.0 },
     Budget { what: What::SystemCalls,  case: Case::Event, io: Io::Epoll, most: 4.0 },
     Budget { what: What::Submissions,  case: Case::Json,  io: Io::Uring, most: 4.0 },
+    Budget { what: What::Submissions,  case: Case::Long,  io: Io::Uring, most: 5.0 },
     Budget { what: What::Submissions,  case: Case::Event, io: Io::Uring, most: 2.0 },
     Budget { what: What::Instructions, case: Case::Json,  io: Io::Epoll, most: 30_500.0 },
+    Budget { what: What::Instructions, case: Case::Long,  io: Io::Epoll, most: 99_000.0 },
     Budget { what: What::Instructions, case: Case::Event, io: Io::Epoll, most: 3_500.0 },
 ];
 
@@ -169,6 +176,11 @@ fn a_small_exchange_allocates_no_more_than_it_may() {
 }
 
 #[test]
+fn an_exchange_with_a_long_prompt_allocates_no_more_than_it_may() {
+    on_both(|io| allocations_fit(Case::Long, io));
+}
+
+#[test]
 fn an_event_allocates_no_more_than_it_may() {
     on_both(|io| allocations_fit(Case::Event, io));
 }
@@ -176,6 +188,11 @@ fn an_event_allocates_no_more_than_it_may() {
 #[test]
 fn a_small_exchange_makes_no_more_system_calls_than_it_may() {
     on_both(|io| system_calls_fit(Case::Json, io));
+}
+
+#[test]
+fn an_exchange_with_a_long_prompt_makes_no_more_system_calls_than_it_may() {
+    on_both(|io| system_calls_fit(Case::Long, io));
 }
 
 #[test]
@@ -187,6 +204,12 @@ fn an_event_makes_no_more_system_calls_than_it_may() {
 #[cfg_attr(debug_assertions, ignore = "of a release build: cargo test --release --test cost")]
 fn a_small_exchange_takes_no_more_instructions_than_it_may() {
     instructions_fit(Case::Json);
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "of a release build: cargo test --release --test cost")]
+fn an_exchange_with_a_long_prompt_takes_no_more_instructions_than_it_may() {
+    instructions_fit(Case::Long);
 }
 
 #[test]

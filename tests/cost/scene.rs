@@ -34,6 +34,8 @@ pub(crate) const QUIET: &[(&str, &str)] = &[
 pub(crate) enum Case {
     /// A chat completion with 1 KB of prompt, on connections that are kept.
     Json,
+    /// The same with 32 KB.
+    Long,
     /// An event of a streamed chat completion, which comes alone.
     Event,
 }
@@ -68,19 +70,21 @@ impl Scene {
         look: impl Fn() -> T,
     ) -> [T; 2] {
         let mut client = Client::connect(addr);
-        if case == Case::Event {
-            return self.stream(&mut client, shard, times, look);
-        }
+        let request = match case {
+            Case::Json => chat(false, 900),
+            Case::Long => chat(false, 32_000),
+            Case::Event => return self.stream(&mut client, shard, times, look),
+        };
         [WARM_UP, times].map(|times| {
-            (0..times).for_each(|_| self.exchange(&mut client, shard));
+            (0..times).for_each(|_| self.exchange(&mut client, shard, &request));
             look()
         })
     }
 
-    fn exchange(&self, client: &mut Client, shard: Thread) {
+    fn exchange(&self, client: &mut Client, shard: Thread, request: &[u8]) {
         let gate = Gate::new();
         self.scripts.send(script().wait(&gate).send(json_answer(ANSWER))).unwrap();
-        client.send(chat(false));
+        client.send(request);
         until("the worker has the request", || gate.waiting() == 1);
         shard.falls_asleep();
         gate.open();
@@ -95,7 +99,7 @@ impl Scene {
             .iter()
             .fold(script().send(sse_head()), |script, gate| script.wait(gate).send(sse_event("token")));
         self.scripts.send(events.wait(end).send(sse_end())).unwrap();
-        client.send(chat(true)).read_until("\r\n\r\n");
+        client.send(chat(true, 900)).read_until("\r\n\r\n");
         let mut sent = gates.iter();
         let seen = [WARM_UP, times].map(|times| {
             for gate in sent.by_ref().take(times) {
@@ -115,8 +119,8 @@ impl Scene {
 
 const ANSWER: &str = r#"{"id":"chatcmpl-7d1c0c1f","object":"chat.completion","created":1795252211,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"It does what it is told, in 16 tokens."},"finish_reason":"stop"}],"usage":{"prompt_tokens":250,"total_tokens":266,"completion_tokens":16}}"#;
 
-fn chat(stream: bool) -> Vec<u8> {
-    let text = "word ".repeat(180);
+fn chat(stream: bool, bytes: usize) -> Vec<u8> {
+    let text = "word ".repeat(bytes / 5);
     let body = format!(
         r#"{{"messages":[{{"role":"user","content":"{text}"}}],"model":"m","max_tokens":16,"stream":{stream}}}"#
     );
