@@ -1,4 +1,4 @@
-//! What a decision costs: hashing a prompt, looking it up, taking it in.
+//! What a decision costs: hashing a prompt, looking it up, taking it in; and the whole of it, policy by policy.
 //!
 //! The goal is 10 µs for a prompt of 12,000 tokens (48 KB) and 16 workers, all together.
 
@@ -6,11 +6,15 @@ mod cpu_time;
 
 use std::{hint::black_box, sync::Barrier, time::Duration};
 
+use clap::{Args, Command, FromArgMatches};
 use cpu_time::CpuTime;
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use vllm_proxy::{
-    routing::{PrefixIndex, Prompt},
-    vllm::{Facts, scan_json},
+    routing::{
+        Candidates, Outcome, POLICIES, PrefixIndex, Prompt, RouteInput, Settings, Shared, Terms, Tried,
+    },
+    vllm::{Facts, Usage, scan_json},
+    workers::{Health, InFlight, ModelSettings, Registry},
 };
 
 /// Chunks of a worker's cache of 461,376 tokens.
@@ -174,21 +178,22 @@ impl Scratch {
 /// that has never been seen? Goal: 10 µs for 12,000 tokens.
 fn deciding(c: &mut Criterion<CpuTime>) {
     let (index, requests, seats, mut scratch) = (full_index(), requests(64), seats(), Scratch::default());
-    c.bench_function("decision/again/12k", |b| {
-        b.iter(|| {
-            let request = &requests[scratch.turn % requests.len()];
-            scratch.decide(&index, request, "m", &seats);
-        });
-    });
+    let mut again = || {
+        let request = &requests[scratch.turn % requests.len()];
+        scratch.decide(&index, request, "m", &seats);
+    };
+    // also where a filter leaves the bench out
+    (0..2 * requests.len()).for_each(|_| again());
+    c.bench_function("decision/again/12k", |b| b.iter(&mut again));
     assert!(scratch.depths.iter().max() >= Some(&90), "it was found: {:?}", scratch.depths);
-    c.bench_function("decision/new/12k", |b| {
-        b.iter(|| {
-            let request = &requests[scratch.turn % requests.len()];
-            // of another model all hashes are others
-            let model = scratch.turn.to_string();
-            scratch.decide(&index, request, &model, &seats);
-        });
-    });
+    let mut new = || {
+        let request = &requests[scratch.turn % requests.len()];
+        // of another model all hashes are others
+        let model = scratch.turn.to_string();
+        scratch.decide(&index, request, &model, &seats);
+    };
+    new();
+    c.bench_function("decision/new/12k", |b| b.iter(&mut new));
     assert_eq!(scratch.depths, [0; WORKERS], "it was not found");
 }
 
@@ -219,9 +224,54 @@ fn sharing(c: &mut Criterion<CpuTime>) {
     }
 }
 
+/// What does each policy take for a request, from its candidates to its end, with 16 workers that all have requests in
+/// flight? Where it needs the prompt it is one of 12,000 tokens that has been hashed (`prompt/hash/48KB`) and is held
+/// by the worker that had it before; where it needs a session, one of a thousand.
+fn policies(c: &mut Criterion<CpuTime>) {
+    let workers = (0..WORKERS).map(|number| format!("http://w{number}:1").parse().expect("a URL"));
+    let fleet = Registry::new(workers, ModelSettings::default()).handle().load_full();
+    fleet.workers.iter().for_each(|worker| {
+        worker.set_health(Health::Up);
+    });
+    let flags = Settings::augment_args(Command::new("bench"));
+    let settings = Settings::from_arg_matches(&flags.get_matches_from(["bench"])).expect("defaults");
+    let prompts = requests(64).into_iter().map(|request| {
+        let mut prompt = Prompt::default();
+        prompt.read(&request.body, &request.facts, "m", 4.0);
+        prompt
+    });
+    let (prompts, none): (Vec<Prompt>, _) = (prompts.collect(), Prompt::default());
+    let (seats, mut scratch) = (seats(), Vec::new());
+    for row in POLICIES {
+        let mut policy = (row.build)(&Shared::new(settings.clone(), WORKERS));
+        let (mut random, mut at, mut counts) = (Random(3), 0, [0_u64; WORKERS]);
+        let mut running: Vec<InFlight> = Vec::new();
+        let mut choose = || {
+            at += 1;
+            let prompt = if row.needs.prompt { &prompts[at % prompts.len()] } else { &none };
+            let session = row.needs.session.then_some(random.next() % 1000);
+            let terms = Terms { random: random.next(), ..Terms::default() };
+            let candidates = Candidates::of(&fleet, &seats, &Tried::none(), &terms, &mut scratch);
+            let input = RouteInput { random: random.next(), now: at as u64, session, prompt };
+            let selection = policy.choose(black_box(&input), &candidates).expect("somebody is there");
+            let worker = &fleet.workers[selection.position];
+            counts[selection.position] += 1;
+            running.push(InFlight::begin(worker.clone(), selection.demand));
+            if running.len() > 2 * WORKERS {
+                drop(running.swap_remove(at % running.len()));
+            }
+            let (demand, usage) = (selection.demand, Some(Usage::default()));
+            policy.ended(&Outcome { worker, prompt, demand, usage });
+        };
+        (0..1000).for_each(|_| choose());
+        c.bench_function(&format!("policy/{}/16_workers", row.name), |b| b.iter(&mut choose));
+        assert!(counts.iter().all(|&count| count > 0), "{} uses all workers: {counts:?}", row.name);
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().with_measurement(CpuTime);
-    targets = hashing, matching, touching, deciding, sharing
+    targets = hashing, matching, touching, deciding, sharing, policies
 }
 criterion_main!(benches);

@@ -10,7 +10,7 @@ pub(crate) mod head;
 mod process;
 mod proxy;
 mod redis;
-mod variants;
+pub(crate) mod variants;
 pub(crate) mod worker;
 
 pub(crate) use client::{Client, End, Response};
