@@ -9,7 +9,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use memchr::memchr2;
+mod strings;
 
 /// What inspection learned of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -234,7 +234,7 @@ fn members(body: &[u8], facts: &mut Facts) -> Option<()> {
     }
     facts.members = true;
     loop {
-        let key = at..string(body, at)?;
+        let key = at..strings::end(body, at)?;
         at = expect(body, space(body, key.end), b':')?;
         at = space(body, at);
         let value = at..value(body, at)?;
@@ -269,7 +269,7 @@ pub fn json_field(body: &[u8], name: &str) -> Option<Range<usize>> {
 /// The key and the value behind the brace or comma that is to come at `at`.
 fn next_field(body: &[u8], at: usize, before: u8) -> Option<(Range<usize>, Range<usize>)> {
     let at = space(body, expect(body, space(body, at), before)?);
-    let key = at..string(body, at)?;
+    let key = at..strings::end(body, at)?;
     let at = space(body, expect(body, space(body, key.end), b':')?);
     Some((key, at..value(body, at)?))
 }
@@ -327,39 +327,10 @@ fn expect(body: &[u8], at: usize, byte: u8) -> Option<usize> {
 /// End of the value that begins at `at`.
 fn value(body: &[u8], at: usize) -> Option<usize> {
     match body.get(at)? {
-        b'"' => string(body, at),
+        b'"' => strings::end(body, at),
         b'{' | b'[' => container(body, at),
         _ => scalar(body, at),
     }
-}
-
-/// End of the string whose quote is at `at`.
-fn string(body: &[u8], at: usize) -> Option<usize> {
-    let mut at = expect(body, at, b'"')?;
-    loop {
-        let rest = body.get(at..)?;
-        at += match rest.first_chunk().map(|word| first_in_word(*word)) {
-            Some(near) if near < 8 => near,
-            Some(_) => 8 + memchr2(b'"', b'\\', rest.get(8..)?)?,
-            None => memchr2(b'"', b'\\', rest)?,
-        };
-        if body.get(at) == Some(&b'"') {
-            return Some(at + 1);
-        }
-        at += 2;
-    }
-}
-
-/// Where the first quote or backslash is in eight bytes; 8: nowhere. It spares the call of a vector search for
-/// what is near: short strings, and text that is all escapes.
-fn first_in_word(word: [u8; 8]) -> usize {
-    const ONES: u64 = u64::from_le_bytes([1; 8]);
-    const TOPS: u64 = ONES << 7;
-    let word = u64::from_le_bytes(word);
-    // the lowest byte that is zero gets its top bit set; only bytes above it may get theirs by the borrow
-    let zero = |word: u64| word.wrapping_sub(ONES) & !word & TOPS;
-    let found = zero(word ^ (ONES * b'"' as u64)) | zero(word ^ (ONES * b'\\' as u64));
-    found.trailing_zeros() as usize / 8
 }
 
 /// End of the object or array whose bracket is at `at`. Which kind a closing bracket has is left to the worker.
@@ -369,7 +340,7 @@ fn container(body: &[u8], mut at: usize) -> Option<usize> {
         at = structural(body, at)?;
         match body.get(at)? {
             b'"' => {
-                at = string(body, at)?;
+                at = strings::end(body, at)?;
                 continue;
             }
             b'{' | b'[' => depth += 1,
