@@ -6,7 +6,7 @@ use memchr::memchr_iter;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::{
-    routing::prefix::{STRIDE, media, rates},
+    routing::prefix::{STRIDE, digest, media, rates},
     vllm::{Facts, Key},
 };
 
@@ -249,7 +249,7 @@ impl Reading<'_> {
         let room = MAX_CHUNKS.saturating_sub(self.prompt.chunks.len());
         self.prompt.chunks.reserve(chunks.len().min(room));
         for chunk in chunks.iter().take(room) {
-            self.push(xxh3_64(chunk));
+            self.push(digest::of(chunk));
         }
         if !last {
             self.link(xxh3_64(rest));
