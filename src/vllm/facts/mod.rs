@@ -9,7 +9,9 @@
 
 use std::{borrow::Cow, ops::Range};
 
-mod strings;
+mod blocks;
+
+use blocks::{container, string};
 
 /// What inspection learned of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -234,7 +236,7 @@ fn members(body: &[u8], facts: &mut Facts) -> Option<()> {
     }
     facts.members = true;
     loop {
-        let key = at..strings::end(body, at)?;
+        let key = at..string(body, at)?;
         at = expect(body, space(body, key.end), b':')?;
         at = space(body, at);
         let value = at..value(body, at)?;
@@ -269,7 +271,7 @@ pub fn json_field(body: &[u8], name: &str) -> Option<Range<usize>> {
 /// The key and the value behind the brace or comma that is to come at `at`.
 fn next_field(body: &[u8], at: usize, before: u8) -> Option<(Range<usize>, Range<usize>)> {
     let at = space(body, expect(body, space(body, at), before)?);
-    let key = at..strings::end(body, at)?;
+    let key = at..string(body, at)?;
     let at = space(body, expect(body, space(body, key.end), b':')?);
     Some((key, at..value(body, at)?))
 }
@@ -327,53 +329,10 @@ fn expect(body: &[u8], at: usize, byte: u8) -> Option<usize> {
 /// End of the value that begins at `at`.
 fn value(body: &[u8], at: usize) -> Option<usize> {
     match body.get(at)? {
-        b'"' => strings::end(body, at),
+        b'"' => string(body, at),
         b'{' | b'[' => container(body, at),
         _ => scalar(body, at),
     }
-}
-
-/// End of the object or array whose bracket is at `at`. Which kind a closing bracket has is left to the worker.
-fn container(body: &[u8], mut at: usize) -> Option<usize> {
-    let mut depth = 0_usize;
-    loop {
-        at = structural(body, at)?;
-        match body.get(at)? {
-            b'"' => {
-                at = strings::end(body, at)?;
-                continue;
-            }
-            b'{' | b'[' => depth += 1,
-            _ => depth -= 1,
-        }
-        at += 1;
-        if depth == 0 {
-            return Some(at);
-        }
-    }
-}
-
-/// Between two structural bytes there is mostly next to nothing, but arrays of numbers are searched in blocks that
-/// the compiler makes vectors of.
-const BLOCK: usize = 32;
-
-/// The first quote or bracket at or behind `at`.
-fn structural(body: &[u8], mut at: usize) -> Option<usize> {
-    let is = |byte: &u8| matches!(byte, b'"' | b'[' | b']' | b'{' | b'}');
-    let near = body.get(at..)?;
-    let near = near.get(..BLOCK / 2).unwrap_or(near);
-    if let Some(found) = near.iter().position(is) {
-        return Some(at + found);
-    }
-    at += near.len();
-    for block in body.get(at..)?.chunks(BLOCK) {
-        // no early exit, so that it can be done on all bytes at once
-        if block.iter().fold(false, |any, byte| any | is(byte)) {
-            return block.iter().position(is).map(|found| at + found);
-        }
-        at += block.len();
-    }
-    None
 }
 
 /// End of the number or word that begins at `at`.
