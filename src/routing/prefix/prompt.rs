@@ -190,8 +190,10 @@ fn known_by(hash: u64) -> u64 {
 
 /// `number` times `over` divided by `under`, which is not 0.
 fn scale(number: u64, over: u64, under: u64) -> u64 {
-    let scaled = u128::from(number) * u128::from(over) / u128::from(under);
-    u64::try_from(scaled).unwrap_or(u64::MAX)
+    match number.checked_mul(over) {
+        Some(product) => product / under,
+        None => u64::try_from(u128::from(number) * u128::from(over) / u128::from(under)).unwrap_or(u64::MAX),
+    }
 }
 
 /// The raw value of a key; `None` also where it is `null`, which is as if it was not there.
