@@ -268,9 +268,11 @@ impl Reading<'_> {
         }
     }
 
-    /// What comes next begins a chunk.
+    /// What comes next begins a chunk; that the first does needs no joint.
     fn join(&mut self) {
-        self.prompt.joints.push((self.prompt.chunks.len(), self.bytes));
+        if self.bytes > 0 {
+            self.prompt.joints.push((self.prompt.chunks.len(), self.bytes));
+        }
     }
 
     fn push(&mut self, hash: u64) {
