@@ -29,8 +29,9 @@ pub(super) fn string(body: &[u8], at: usize) -> Option<usize> {
 /// End of the string that is gone through at `at`, where the next byte is `escaped` (1) or not (0).
 fn text(body: &[u8], mut at: usize, mut escaped: u32) -> Option<usize> {
     loop {
-        let block = block(body, at)?;
-        let (quotes, backslashes) = (places(&block, b'"'), places(&block, b'\\'));
+        let mut padded = [0; SIZE];
+        let block = block(body, at, &mut padded)?;
+        let (quotes, backslashes) = (places(block, b'"'), places(block, b'\\'));
         let plain = backslashes | escaped == 0;
         let quotes = if plain { quotes } else { quotes & !escapes(backslashes, &mut escaped) };
         if quotes != 0 {
@@ -49,9 +50,10 @@ pub(super) fn container(body: &[u8], mut at: usize) -> Option<usize> {
     // all bits if the block begins within a string
     let mut within = 0_u32;
     loop {
-        let block = block(body, at)?;
-        let mut quotes = places(&block, b'"');
-        let backslashes = places(&block, b'\\');
+        let mut padded = [0; SIZE];
+        let block = block(body, at, &mut padded)?;
+        let mut quotes = places(block, b'"');
+        let backslashes = places(block, b'\\');
         if backslashes | escaped != 0 {
             quotes &= !escapes(backslashes, &mut escaped);
         }
@@ -90,14 +92,14 @@ pub(super) fn container(body: &[u8], mut at: usize) -> Option<usize> {
     }
 }
 
-/// The block at `at`; behind the end of `body` there are zeros. `None`: nothing is there.
-fn block(body: &[u8], at: usize) -> Option<Block> {
-    let rest = body.get(at..).filter(|rest| !rest.is_empty())?;
-    Some(rest.first_chunk().copied().unwrap_or_else(|| {
-        let mut block = [0; SIZE];
-        block[..rest.len()].copy_from_slice(rest);
-        block
-    }))
+/// The block at `at`; the last one, if it is not whole, is laid out in `padded`. `None`: nothing is there.
+fn block<'a>(body: &'a [u8], at: usize, padded: &'a mut Block) -> Option<&'a Block> {
+    let rest = body.get(at..)?;
+    if let Some(block) = rest.first_chunk() {
+        return Some(block);
+    }
+    padded.get_mut(..rest.len())?.copy_from_slice(rest);
+    (!rest.is_empty()).then_some(padded)
 }
 
 /// Length of the blocks, from the beginning of `body`, that have neither a quote nor a bracket.
