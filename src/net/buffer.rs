@@ -82,6 +82,19 @@ impl Buffer {
         self.limit = self.end.saturating_add(bytes).min(self.mem.len());
     }
 
+    /// Makes room for `bytes` more. What it holds moves only where the allocator cannot enlarge the block in place.
+    pub fn reserve(&mut self, bytes: usize) {
+        let size = self.end.saturating_add(bytes);
+        if size > self.mem.len() {
+            let mut mem = std::mem::take(&mut self.mem).into_vec();
+            mem.reserve_exact(size - mem.len());
+            // SAFETY: there is room for so many, and bytes that are not initialised may have any value.
+            unsafe { mem.set_len(size) };
+            self.mem = mem.into_boxed_slice();
+        }
+        self.limit = self.mem.len();
+    }
+
     /// Takes `count` bytes off the front; they become headroom.
     pub fn advance(&mut self, count: usize) {
         self.start = self.start.saturating_add(count).min(self.end);
@@ -205,6 +218,21 @@ mod tests {
         assert_eq!(buffer.bytes_total(), 3);
         buffer.reset(0);
         assert_eq!(buffer.spare(), 10);
+    }
+
+    #[test]
+    fn a_block_that_is_enlarged_keeps_what_it_holds_and_what_is_before_it() {
+        let mut buffer = Buffer::new(8, 4);
+        buffer.append(b"body");
+        assert_eq!(buffer.spare(), 0);
+        buffer.reserve(100_000);
+        assert_eq!(buffer.spare(), 100_000);
+        assert!(buffer.prepend(b"the head"));
+        assert_eq!(buffer.append(&[b'.'; 100_000]), 100_000);
+        assert_eq!(&buffer.filled()[..14], b"the headbody..");
+        buffer.limit_spare(0);
+        buffer.reserve(0);
+        assert_eq!((buffer.spare(), buffer.len()), (0, 100_012));
     }
 
     #[test]

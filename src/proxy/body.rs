@@ -19,7 +19,7 @@ use crate::{
 const TAILROOM: usize = 64;
 
 /// Room that is taken because a client says that it will send so much; more is taken as it comes.
-const TRUSTED_BYTES: usize = 1 << 20;
+const TRUSTED_BYTES: usize = 2 << 20;
 
 /// Bytes of a chunked body that are read at a time: what follows its end is copied.
 const CHUNKED_BYTES: usize = 256 * 1024;

@@ -7,7 +7,7 @@ use crate::{
     http::{MAX_HEAD_BYTES, RequestHead, ResponseHead, Version},
     net::{Buffer, Elapsed, Parting, ReadHalf, Watch, WriteHalf, contain, wake_later},
     proxy::{
-        context::{Context, HEADROOM},
+        context::Context,
         exchange::exchange,
         inbox::{Gone, Inbox, keep_reading},
         respond::{self, Answer},
@@ -260,11 +260,11 @@ impl Outlet<'_> {
     }
 }
 
-/// A buffer with the same bytes and twice the room, but room for no more than `most` bytes.
-pub(super) fn grow(buffer: Buffer, most: usize) -> Buffer {
-    let mut larger = Buffer::new(HEADROOM, (buffer.len() * 2).clamp(4096, most.max(buffer.len() + 1)));
-    larger.append(buffer.filled());
-    larger
+/// The buffer with twice the room, but room for no more than `most` bytes.
+pub(super) fn grow(mut buffer: Buffer, most: usize) -> Buffer {
+    let len = buffer.len();
+    buffer.reserve((len * 2).clamp(4096, most.max(len + 1)) - len);
+    buffer
 }
 
 /// An open connection, counted until dropped.

@@ -14,6 +14,9 @@ use arc_swap::ArcSwap;
 use crate::base::Millis;
 use crate::workers::Worker;
 
+/// Models that are looked through one after the other.
+const FEW_MODELS: usize = 8;
+
 /// One model name that clients may ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
@@ -216,16 +219,25 @@ impl Fleet {
                 None => Resolved::Unknown,
             };
         };
-        if let Some(&at) = self.by_name.get(name) {
+        if let Some(at) = self.position(name) {
             return self.model(at, None);
         }
         if let Some(meant) = self.aliases.get(name) {
-            return match self.by_name.get(meant) {
-                Some(&at) => self.model(at, Some(meant)),
+            return match self.position(meant) {
+                Some(at) => self.model(at, Some(meant)),
                 None => self.unlisted(Some(meant)),
             };
         }
         self.unlisted(None)
+    }
+
+    /// Where in `models` the model of this name is.
+    fn position(&self, name: &str) -> Option<usize> {
+        // to compare a few names is faster than to hash one
+        if self.models.len() <= FEW_MODELS {
+            return self.models.iter().position(|model| model.name == name);
+        }
+        self.by_name.get(name).copied()
     }
 
     fn model<'a>(&'a self, at: usize, rename: Option<&'a str>) -> Resolved<'a> {

@@ -63,9 +63,10 @@ struct CacheAware {
     journal: Arc<Journal>,
     miss_weight_max: f64,
     hash_credit: f64,
-    /// Of the candidates, in their order: numbers in the index, chunks found there, costs.
+    /// Of the candidates, in their order: numbers in the index, chunks found there, what is asked of them, costs.
     seats: Vec<usize>,
     depths: Vec<u32>,
+    demands: Vec<Demand>,
     scores: Vec<Score>,
 }
 
@@ -80,6 +81,7 @@ impl CacheAware {
             miss_weight_max: shared.settings.cache_miss_weight_max.max(MISS_WEIGHT_MIN),
             seats: Vec::new(),
             depths: Vec::new(),
+            demands: Vec::new(),
             scores: Vec::new(),
         }
     }
@@ -114,6 +116,7 @@ impl CacheAware {
 impl Policy for CacheAware {
     fn choose(&mut self, input: &RouteInput<'_>, candidates: &Candidates<'_>) -> Option<Selection> {
         self.seats.clear();
+        self.demands.clear();
         self.scores.clear();
         for (_, worker) in candidates.iter() {
             self.index.follow(worker.id(), worker.cache_generation());
@@ -127,12 +130,14 @@ impl Policy for CacheAware {
         for ((position, worker), &depth) in candidates.iter().zip(&self.depths) {
             let load = worker.load();
             let weight = if home == Some(position) { weight * (1.0 - credit) } else { weight };
+            let demand = demand(&self.partings, input.prompt, worker, depth);
             let work = load.queued_tokens as f64
-                + weight * demand(&self.partings, input.prompt, worker, depth).work_tokens as f64
+                + weight * demand.work_tokens as f64
                 + REQUEST_TOKENS * (f64::from(load.in_flight) + 1.0)
                 + DECODE_SHARE * load.decode_tokens as f64;
             let cost = work * worker.traits().cost;
             least = least.min(cost);
+            self.demands.push(demand);
             self.scores.push(Score { position, cost });
         }
         let best = |score: &Score| score.cost <= least;
@@ -140,8 +145,7 @@ impl Policy for CacheAware {
         let turn = if ties > 1 { chance::below(input.random, ties) } else { 0 };
         let at = (0..self.scores.len()).filter(|&at| best(&self.scores[at])).nth(turn)?;
         let (position, worker) = candidates.get(at)?;
-        let selection =
-            Selection { position, demand: demand(&self.partings, input.prompt, worker, self.depths[at]) };
+        let selection = Selection { position, demand: self.demands[at] };
         // Until its request ends a prompt is in use and cannot be evicted, whatever comes meanwhile.
         let room = input.prompt.chunks_per(self.sizes.tokens(worker));
         self.index.touch(worker.id(), input.prompt.chunks(), room, room);

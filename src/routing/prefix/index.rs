@@ -74,8 +74,9 @@ pub struct PrefixIndex {
 /// Where the entries of a chunk for a group are, and what they have above their slot.
 #[derive(Clone, Copy)]
 struct Place {
-    /// The pair, its preferred line first.
-    lines: [usize; 2],
+    pair: usize,
+    /// The line of the pair that is preferred: 0 or 1.
+    line: usize,
     /// Tag and group.
     key: u64,
     chunk: u64,
@@ -136,7 +137,7 @@ impl PrefixIndex {
         while slots != 0 && !span.is_empty() {
             // the first chunk first: most often nobody has it
             let middle = if span.start == 0 { 0 } else { span.start + span.len() / 2 };
-            let near = query.chunks.iter().take(span.end).skip(middle).take(NEAR);
+            let near = query.chunks.get(middle..span.end.min(middle + NEAR)).unwrap_or_default();
             let mut held = 0;
             for &chunk in near {
                 held |= self.holders(self.place(chunk, query.group), slots, &query.horizons);
@@ -163,8 +164,7 @@ impl PrefixIndex {
     /// Those of the wanted slots that hold a chunk, as bits.
     fn holders(&self, place: Place, wanted: u8, horizons: &[u32; GROUP]) -> u8 {
         let mut held = 0_u8;
-        for line in place.lines {
-            let line = self.line(line);
+        for line in self.lines(place) {
             // first who is meant at all, without branches: which of the eight it is cannot be predicted
             let mut meant = 0_u8;
             for (at, word) in line.iter().enumerate() {
@@ -200,20 +200,21 @@ impl PrefixIndex {
 
     /// Puts chunks, each of which stands for so many, and the last one for so many.
     fn put_all(&self, seat: usize, chunks: &[u64], (each, tail): (u32, u32), capacity: u64, lead: u64) {
-        let fit = usize::try_from(capacity / u64::from(each)).unwrap_or(usize::MAX).min(chunks.len());
-        if fit == 0 {
+        let fit = usize::try_from(capacity / u64::from(each)).unwrap_or(usize::MAX);
+        let whole = fit >= chunks.len();
+        let chunks = chunks.get(..fit).unwrap_or(chunks);
+        if chunks.is_empty() {
             return;
         }
         let Some(mut pass) = self.seats.pass(seat, capacity, lead) else { return };
         // what lies before a chunk that was written is written as well, so that it does not go first
         let mut recent = RECENT;
-        let mut ahead = chunks.iter().take(fit).rev().skip(AHEAD);
-        pass.weigh(if fit == chunks.len() { tail } else { each });
-        for &chunk in chunks.iter().take(fit).rev() {
-            if let Some(&chunk) = ahead.next() {
+        pass.weigh(if whole { tail } else { each });
+        for (at, &chunk) in chunks.iter().enumerate().rev() {
+            if let Some(&chunk) = at.checked_sub(AHEAD).and_then(|ahead| chunks.get(ahead)) {
                 // a new one may go to either
-                for line in self.place(chunk, seat / GROUP).lines {
-                    memory::soon(&self.line(line)[0]);
+                for line in self.lines(self.place(chunk, seat / GROUP)) {
+                    memory::soon(&line[0]);
                 }
             }
             if self.put(chunk, seat, recent, &mut pass) {
@@ -226,6 +227,9 @@ impl PrefixIndex {
 
     /// So many chunks more are in the cache of `seat` that no prompt can find, such as generated text.
     pub fn add_pressure(&self, seat: usize, chunks: u64, capacity: u64) {
+        if chunks == 0 {
+            return;
+        }
         if let Some(mut pass) = self.seats.pass(seat, capacity, 0) {
             pass.inserted_many(chunks.min(capacity).min(MAX_PRESSURE));
             pass.end();
@@ -301,7 +305,7 @@ impl PrefixIndex {
     /// The entry of a seat at a place. Should a race have made two, the other one is left to age.
     fn entry(&self, place: Place, seat: usize) -> Option<(&AtomicU64, u64)> {
         let holder = place.key << SLOT_BITS | (seat % GROUP) as u64;
-        let words = place.lines.into_iter().flat_map(|line| self.line(line));
+        let words = self.lines(place).into_iter().flatten();
         let mut entries = words.map(|word| (word, word.load(Relaxed)));
         entries.find(|(_, entry)| entry >> TICK_BITS == holder)
     }
@@ -309,9 +313,9 @@ impl PrefixIndex {
     /// Where a new entry may be written: where there is none, else over one that is not held any more, else over
     /// the oldest.
     fn vacancy(&self, place: Place) -> (&AtomicU64, u64) {
-        let [first, second] = place.lines;
-        let mut oldest = (&self.line(first)[0], 0, None);
-        for word in self.line(first).iter().chain(self.line(second)) {
+        let [first, second] = self.lines(place);
+        let mut oldest = (&first[0], 0, None);
+        for word in first.iter().chain(second) {
             let entry = word.load(Relaxed);
             if entry == 0 || !self.seats.holds(seat_of(entry), tick(entry)) {
                 return (word, entry);
@@ -330,13 +334,15 @@ impl PrefixIndex {
         let spread = (chunk ^ (group as u64).wrapping_mul(SPREAD)).wrapping_mul(SPREAD);
         // the upper bits choose the pair, the lower ones are the tag
         let pair = ((u128::from(spread) * self.pairs as u128) >> 64) as usize;
-        let first = 2 * pair + (chunk >> TAG_BITS & 1) as usize;
+        let line = (chunk >> TAG_BITS & 1) as usize;
         let tag = (chunk & ((1 << TAG_BITS) - 1)).max(1);
-        Place { lines: [first, first ^ 1], key: tag << (SEAT_BITS - SLOT_BITS) | group as u64, chunk }
+        Place { pair, line, key: tag << (SEAT_BITS - SLOT_BITS) | group as u64, chunk }
     }
 
-    fn line(&self, line: usize) -> &[AtomicU64; GROUP] {
-        &self.words[self.offset..].as_chunks().0[line]
+    /// The pair of a place, its preferred line first.
+    fn lines(&self, place: Place) -> [&[AtomicU64; GROUP]; 2] {
+        let [first, second] = &self.words[self.offset..].as_chunks().0.as_chunks().0[place.pair];
+        if place.line == 0 { [first, second] } else { [second, first] }
     }
 }
 

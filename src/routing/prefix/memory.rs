@@ -1,14 +1,24 @@
-//! The memory of the table: zero and not touched until it is used, and asked for before it is needed.
+//! The memory of the table: zero and not touched until it is used, in huge pages, and asked for before it is needed.
 
 #![expect(unsafe_code, reason = "zeroed boxes may not be initialised for std, and hints take pointers")]
 
 use std::sync::atomic::{AtomicI32, AtomicU64};
 
-/// So many words, all 0. The kernel gives a page at its first write, so a table costs what is stored in it.
+/// A huge page, in bytes: of x86-64, and of arm64 with ordinary ones of 4 KiB.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// So many words, all 0. The kernel gives a page at its first write, so a table costs what is stored in it; a large one
+/// in huge pages. It is read all over, and with ordinary pages nearly every read is a search for its page first.
 pub(super) fn words(count: usize) -> Box<[AtomicU64]> {
     let words = Box::<[AtomicU64]>::new_zeroed_slice(count);
     // SAFETY: an AtomicU64 has the representation of a u64, of which all zeros is a value.
-    unsafe { words.assume_init() }
+    let words = unsafe { words.assume_init() };
+    if let Some(aligned) = words.get(words.as_ptr().align_offset(HUGE_PAGE)..) {
+        let bytes = size_of_val(aligned) / HUGE_PAGE * HUGE_PAGE;
+        // SAFETY: it is a hint, about memory that there is; a refusal only costs time.
+        unsafe { libc::madvise(aligned.as_ptr().cast_mut().cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
+    words
 }
 
 /// So many counts, all 0.

@@ -3,6 +3,7 @@
 //! A [`Prompt`] is the chained hashes of a request's text, [`PrefixIndex`] says how many of them each worker holds,
 //! and [`TokenRates`] how many tokens that text is.
 
+mod digest;
 mod index;
 mod media;
 mod memory;

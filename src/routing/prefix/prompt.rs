@@ -6,7 +6,7 @@ use memchr::memchr_iter;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::{
-    routing::prefix::{STRIDE, media, rates},
+    routing::prefix::{STRIDE, digest, media, rates},
     vllm::{Facts, Key},
 };
 
@@ -190,8 +190,10 @@ fn known_by(hash: u64) -> u64 {
 
 /// `number` times `over` divided by `under`, which is not 0.
 fn scale(number: u64, over: u64, under: u64) -> u64 {
-    let scaled = u128::from(number) * u128::from(over) / u128::from(under);
-    u64::try_from(scaled).unwrap_or(u64::MAX)
+    match number.checked_mul(over) {
+        Some(product) => product / under,
+        None => u64::try_from(u128::from(number) * u128::from(over) / u128::from(under)).unwrap_or(u64::MAX),
+    }
 }
 
 /// The raw value of a key; `None` also where it is `null`, which is as if it was not there.
@@ -249,7 +251,7 @@ impl Reading<'_> {
         let room = MAX_CHUNKS.saturating_sub(self.prompt.chunks.len());
         self.prompt.chunks.reserve(chunks.len().min(room));
         for chunk in chunks.iter().take(room) {
-            self.push(xxh3_64(chunk));
+            self.push(digest::of(chunk));
         }
         if !last {
             self.link(xxh3_64(rest));
@@ -266,9 +268,11 @@ impl Reading<'_> {
         }
     }
 
-    /// What comes next begins a chunk.
+    /// What comes next begins a chunk; that the first does needs no joint.
     fn join(&mut self) {
-        self.prompt.joints.push((self.prompt.chunks.len(), self.bytes));
+        if self.bytes > 0 {
+            self.prompt.joints.push((self.prompt.chunks.len(), self.bytes));
+        }
     }
 
     fn push(&mut self, hash: u64) {

@@ -9,7 +9,9 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use memchr::memchr2;
+mod blocks;
+
+use blocks::{container, string};
 
 /// What inspection learned of a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -331,78 +333,6 @@ fn value(body: &[u8], at: usize) -> Option<usize> {
         b'{' | b'[' => container(body, at),
         _ => scalar(body, at),
     }
-}
-
-/// End of the string whose quote is at `at`.
-fn string(body: &[u8], at: usize) -> Option<usize> {
-    let mut at = expect(body, at, b'"')?;
-    loop {
-        let rest = body.get(at..)?;
-        at += match rest.first_chunk().map(|word| first_in_word(*word)) {
-            Some(near) if near < 8 => near,
-            Some(_) => 8 + memchr2(b'"', b'\\', rest.get(8..)?)?,
-            None => memchr2(b'"', b'\\', rest)?,
-        };
-        if body.get(at) == Some(&b'"') {
-            return Some(at + 1);
-        }
-        at += 2;
-    }
-}
-
-/// Where the first quote or backslash is in eight bytes; 8: nowhere. It spares the call of a vector search for
-/// what is near: short strings, and text that is all escapes.
-fn first_in_word(word: [u8; 8]) -> usize {
-    const ONES: u64 = u64::from_le_bytes([1; 8]);
-    const TOPS: u64 = ONES << 7;
-    let word = u64::from_le_bytes(word);
-    // the lowest byte that is zero gets its top bit set; only bytes above it may get theirs by the borrow
-    let zero = |word: u64| word.wrapping_sub(ONES) & !word & TOPS;
-    let found = zero(word ^ (ONES * b'"' as u64)) | zero(word ^ (ONES * b'\\' as u64));
-    found.trailing_zeros() as usize / 8
-}
-
-/// End of the object or array whose bracket is at `at`. Which kind a closing bracket has is left to the worker.
-fn container(body: &[u8], mut at: usize) -> Option<usize> {
-    let mut depth = 0_usize;
-    loop {
-        at = structural(body, at)?;
-        match body.get(at)? {
-            b'"' => {
-                at = string(body, at)?;
-                continue;
-            }
-            b'{' | b'[' => depth += 1,
-            _ => depth -= 1,
-        }
-        at += 1;
-        if depth == 0 {
-            return Some(at);
-        }
-    }
-}
-
-/// Between two structural bytes there is mostly next to nothing, but arrays of numbers are searched in blocks that
-/// the compiler makes vectors of.
-const BLOCK: usize = 32;
-
-/// The first quote or bracket at or behind `at`.
-fn structural(body: &[u8], mut at: usize) -> Option<usize> {
-    let is = |byte: &u8| matches!(byte, b'"' | b'[' | b']' | b'{' | b'}');
-    let near = body.get(at..)?;
-    let near = near.get(..BLOCK / 2).unwrap_or(near);
-    if let Some(found) = near.iter().position(is) {
-        return Some(at + found);
-    }
-    at += near.len();
-    for block in body.get(at..)?.chunks(BLOCK) {
-        // no early exit, so that it can be done on all bytes at once
-        if block.iter().fold(false, |any, byte| any | is(byte)) {
-            return block.iter().position(is).map(|found| at + found);
-        }
-        at += block.len();
-    }
-    None
 }
 
 /// End of the number or word that begins at `at`.
