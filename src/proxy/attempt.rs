@@ -92,14 +92,14 @@ pub(super) async fn attempt(
     let keeps = matches!(&body, Body::Whole(buffer) if retries.keeps(buffer.len()));
     let may_rest = keeps || manner.ours && matches!(body, Body::Whole(_));
     let fresh = manner.fresh || !may_rest;
-    let mut connection = match checkout(client, &chosen.worker, fresh).await {
+    let mut connection = match checkout(client, chosen.worker, fresh).await {
         Ok(connection) => connection,
         Err(failure) => return Attempted::Failed(failure, Some(body)),
     };
     match run(client, account, chosen, &mut connection, body, manner, retries).await {
         Ran::Over { attempted, reusable } => {
             if reusable {
-                cx.pool.put(&chosen.worker, connection, cx.buffers.large());
+                cx.pool.put(chosen.worker, connection, cx.buffers.large());
             }
             attempted
         }

@@ -67,7 +67,7 @@ pub(super) struct Chosen<'a> {
     account: &'a Account<'a>,
     /// In the fleet; 0 for the control thread, which is never tried twice.
     pub(super) position: usize,
-    pub(super) worker: Arc<Worker>,
+    pub(super) worker: &'a Arc<Worker>,
     /// What the request is expected to ask of it.
     pub(super) demand: Demand,
     /// The worker has not seen the request.
@@ -91,11 +91,11 @@ pub(super) enum Choice<'a> {
 impl Drop for Chosen<'_> {
     fn drop(&mut self) {
         let usage = (!self.unsent).then(|| self.account.usage().unwrap_or_default());
-        let Self { worker, demand, asked, .. } = self;
+        let Self { worker, demand, asked, .. } = *self;
         if Arc::ptr_eq(worker, &self.cx.admin) {
             return;
         }
-        let outcome = Outcome { worker, prompt: &asked.prompt, demand: *demand, usage };
+        let outcome = Outcome { worker, prompt: &asked.prompt, demand, usage };
         // only a panic within the router leaves it borrowed
         if let Ok(mut router) = self.cx.router.try_borrow_mut() {
             router.ended(asked.model, &outcome);
@@ -108,21 +108,21 @@ impl Drop for Chosen<'_> {
 pub(super) fn choose<'a>(
     cx: &'a Context,
     account: &'a Account<'a>,
-    fleet: &Fleet,
+    fleet: &'a Fleet,
     serving: &Serving<'_>,
     asked: &'a Asked<'a>,
     tried: &Tried,
     room: Option<Room<'a>>,
 ) -> Choice<'a> {
-    let chosen = |position, demand, room: Room<'a>, trial| {
-        let worker = room.in_flight.worker().clone();
+    let chosen = |worker, position, demand, room, trial| {
         Choice::Of(Chosen { cx, asked, account, position, worker, demand, unsent: false, trial, room })
     };
     let positions = match serving {
         Serving::Workers { positions, .. } => *positions,
         Serving::Admin if tried.count() == 0 => {
             let in_flight = InFlight::begin(cx.admin.clone(), Demand::default());
-            return chosen(0, Demand::default(), Room::new(in_flight, None), Trial::unneeded());
+            let room = Room::new(in_flight, None);
+            return chosen(&cx.admin, 0, Demand::default(), room, Trial::unneeded());
         }
         Serving::Admin => return Choice::Nobody,
     };
@@ -134,7 +134,7 @@ pub(super) fn choose<'a>(
             if stand_in && tried.count() == 0 {
                 cx.metrics().chose_in_panic();
             }
-            chosen(position, demand, room, trial)
+            chosen(&fleet.workers[position], position, demand, room, trial)
         }
         Picked::Busy => Choice::Busy,
         Picked::Nobody => Choice::Nobody,

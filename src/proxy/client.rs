@@ -31,6 +31,10 @@ const ARRIVALS_IN_A_ROW: usize = 64;
 /// Bytes for heads that a connection keeps between exchanges at most.
 const RETAINED_BYTES: usize = 16 * 1024;
 
+/// For so many milliseconds after an exchange a connection keeps the memory of an exchange (5 KB) for the next one: who
+/// asks request after request is not given it anew with each, and who rests for long does without it.
+const BRIEFLY_MS: u64 = 200;
+
 /// What becomes of the connection after an exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
@@ -113,22 +117,12 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
     let outlet = Outlet { cx, writer, watch, answer, scratch };
     let held = Held::nothing(&cx.body_budget);
     let mut client = Client { cx, inbox, request, outlet, received_head: 0, head, held };
-    loop {
-        let after = match client.read_head().await {
-            Ok(Some(rest)) => {
-                let total = cx.settings.request_timeout_secs.saturating_mul(1000);
-                client.outlet.watch.set_total(total);
-                let after = Box::pin(exchange(&mut client, rest)).await;
-                client.outlet.watch.set_total(0);
-                after
-            }
-            Ok(None) => After::Close,
-            Err(failure) => Box::pin(client.refuse(&failure)).await,
-        };
-        cx.metrics().bytes_in(inbox.take_received());
-        client.shrink();
-        match after {
-            After::KeepAlive => client.outlet.watch.set_parting(Parting::Silent),
+    let idle_ms = cx.settings.keepalive_timeout_secs.saturating_mul(1000);
+    let mut rests_ms = idle_ms;
+    while let Some(first) = client.rest(rests_ms).await {
+        match Box::pin(client.converse(first)).await {
+            After::KeepAlive if idle_ms == 0 => {}
+            After::KeepAlive => rests_ms = idle_ms.saturating_sub(BRIEFLY_MS).max(1),
             After::Close => return,
             After::Linger => return Box::pin(client.linger()).await,
         }
@@ -136,12 +130,43 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
 }
 
 impl Client<'_> {
-    /// Reads the head of the next request into `self.request`; what came behind it is returned. `None`: there
-    /// is no further request.
-    async fn read_head(&mut self) -> Result<Option<Buffer>, Failure> {
+    /// Waits for the first bytes of a request for so many milliseconds; 0 is no limit. `None`: nothing has come.
+    async fn rest(&self, millis: u64) -> Option<Buffer> {
+        self.outlet.watch.idle(millis, self.inbox.next()).await.ok()?.ok()
+    }
+
+    /// Serves the request that begins with `first`, and further ones as long as they follow each other. Its state is
+    /// large beside that of a connection that rests.
+    async fn converse(&mut self, mut first: Buffer) -> After {
+        loop {
+            let after = match self.read_head(first).await {
+                Ok(Some(rest)) => {
+                    let total = self.cx.settings.request_timeout_secs.saturating_mul(1000);
+                    self.outlet.watch.set_total(total);
+                    let after = exchange(self, rest).await;
+                    self.outlet.watch.set_total(0);
+                    after
+                }
+                Ok(None) => After::Close,
+                Err(failure) => Box::pin(self.refuse(&failure)).await,
+            };
+            self.cx.metrics().bytes_in(self.inbox.take_received());
+            self.shrink();
+            if after != After::KeepAlive {
+                return after;
+            }
+            self.outlet.watch.set_parting(Parting::Silent);
+            match self.rest(BRIEFLY_MS).await {
+                Some(next) => first = next,
+                None => return After::KeepAlive,
+            }
+        }
+    }
+
+    /// Reads the head of the next request, of which `buffer` holds the beginning, into `self.request`; what came behind
+    /// it is returned. `None`: there is no further request.
+    async fn read_head(&mut self, mut buffer: Buffer) -> Result<Option<Buffer>, Failure> {
         let (cx, watch) = (self.cx, self.outlet.watch.clone());
-        let idle_ms = cx.settings.keepalive_timeout_secs.saturating_mul(1000);
-        let Ok(Ok(mut buffer)) = watch.idle(idle_ms, self.inbox.next()).await else { return Ok(None) };
         let deadline = cx.clock.now() + cx.settings.head_timeout_secs.saturating_mul(1000);
         loop {
             if let Some(count) = self.request.parse(buffer.filled())? {

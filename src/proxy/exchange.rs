@@ -137,22 +137,22 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
         let (failure, kept) = match attempt(client, account, &mut chosen, body, manner, &mut retries).await {
             Attempted::Answered(after) => {
                 match retries.take_passed() {
-                    Some(failure) => judge.failed(&chosen.worker, &failure, cx.clock.now()),
-                    None => judge.answered(&chosen.worker, account.status(), cx.clock.now()),
+                    Some(failure) => judge.failed(chosen.worker, &failure, cx.clock.now()),
+                    None => judge.answered(chosen.worker, account.status(), cx.clock.now()),
                 }
                 return after;
             }
             Attempted::Refused(failure) => return refuse(client, account, &failure).await,
             Attempted::Failed(failure, kept) => (failure, kept),
         };
-        judge.failed(&chosen.worker, &failure, cx.clock.now());
+        judge.failed(chosen.worker, &failure, cx.clock.now());
         chosen.unsent = failure.is_unsent();
 
         // 6. another attempt? The waits are in boxes: they are rare, and a timer wants lines of its own.
-        let mut next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some());
+        let mut next = retries.next(&cx.moment(), chosen.worker, &failure, kept.is_some());
         if Retries::waits_for_probe(&failure, next) {
-            match client.outlet.watch.limit(PROBE_MS, Box::pin(has_died(&chosen.worker))).await {
-                Ok(true) => next = retries.next(&cx.moment(), &chosen.worker, &failure, kept.is_some()),
+            match client.outlet.watch.limit(PROBE_MS, Box::pin(has_died(chosen.worker))).await {
+                Ok(true) => next = retries.next(&cx.moment(), chosen.worker, &failure, kept.is_some()),
                 Ok(false) => {}
                 Err(_) if client.outlet.watch.is_total_over() => {
                     return refuse(client, account, &Failure::TotalTime).await;
@@ -166,7 +166,7 @@ async fn serve(client: &mut Client<'_>, account: &Account<'_>, endpoint: &Endpoi
             Next::GiveUp(_) => return refuse(client, account, &failure).await,
             Next::Another => {}
             Next::Fresh => {
-                cx.pool.forget(&chosen.worker);
+                cx.pool.forget(chosen.worker);
                 chosen.room.in_flight.again();
                 fresh = Some(chosen);
             }

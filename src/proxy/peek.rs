@@ -14,6 +14,9 @@ use crate::{
     vllm::{self, Opening, Unbegun},
 };
 
+/// Bytes that are looked at before more are: a fast worker sends many events at once, of which the first ones decide.
+const LOOK_BYTES: usize = 1024;
+
 /// What the first bytes of an answer have come to.
 #[derive(Debug)]
 pub(crate) enum Seen {
@@ -102,8 +105,17 @@ impl Peek {
         if self.is_too_large() { Seen::Pass } else { self.look(part) }
     }
 
-    /// Looks at a further part of the body.
+    /// Looks at a further part of the body, no further than it takes.
     fn look(&mut self, part: &[u8]) -> Seen {
+        let mut pieces = part.chunks(LOOK_BYTES);
+        let first = self.look_at(pieces.next().unwrap_or_default());
+        pieces.fold(first, |seen, piece| match seen {
+            Seen::NeedMore => self.look_at(piece),
+            seen => seen,
+        })
+    }
+
+    fn look_at(&mut self, part: &[u8]) -> Seen {
         let from = self.data.len();
         self.data.extend_from_slice(part);
         let end = match self.framing {
@@ -199,4 +211,25 @@ fn append(buffer: &mut Buffer, part: &Buffer) {
         *buffer = larger;
     }
     buffer.append(part.filled());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_events_at_once_no_more_is_looked_at_than_decides() {
+        let mut head = ResponseHead::default();
+        head.parse(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", false).unwrap();
+        let chunk = |event: &str| format!("{:x}\r\n{event}\r\n", event.len());
+        let comment = chunk(": ping\n\n");
+        let text = chunk("data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n").repeat(200);
+        for comments in [0, 1, 100, 300] {
+            let part = comment.repeat(comments) + &text;
+            let mut peek = Peek::new(Question::Begins, &head, Vec::new());
+            assert!(matches!(peek.first(part.as_bytes()), Seen::Pass));
+            let looked_at = peek.data.len();
+            assert!(looked_at <= comment.len() * comments + LOOK_BYTES, "{comments}: {looked_at}");
+        }
+    }
 }

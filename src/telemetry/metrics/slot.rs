@@ -265,8 +265,15 @@ fn zeros<const N: usize>() -> [AtomicU64; N] {
     std::array::from_fn(|_| AtomicU64::new(0))
 }
 
+/// Counts. With a single writer nothing can come between the load and the store, and an atomic addition would take
+/// ten times as long.
 fn add(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
+    counter.store(read(counter).wrapping_add(n), Ordering::Relaxed);
+}
+
+/// Counts down, as [`add`].
+fn subtract(counter: &AtomicU64, n: u64) {
+    counter.store(read(counter).wrapping_sub(n), Ordering::Relaxed);
 }
 
 fn read(counter: &AtomicU64) -> u64 {
@@ -313,7 +320,7 @@ impl ShardMetrics {
 
     /// A client's connection is closed.
     pub fn connection_closed(&self) {
-        self.connections_open.fetch_sub(1, Ordering::Relaxed);
+        subtract(&self.connections_open, 1);
     }
 
     /// An exchange began.
@@ -323,7 +330,7 @@ impl ShardMetrics {
 
     /// An exchange that [`ShardMetrics::began`] is over, however.
     pub fn ended(&self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        subtract(&self.in_flight, 1);
     }
 
     /// Counts an exchange: its row in vLLM's table (anything beyond the table is `other`), the status that the
@@ -415,7 +422,7 @@ impl ShardMetrics {
 
     /// The shard was found not to come round.
     pub fn stalled(&self) {
-        add(&self.stalls, 1);
+        self.stalls.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn requests(&self, endpoint: usize, class: StatusClass) -> u64 {
