@@ -31,8 +31,9 @@ const ARRIVALS_IN_A_ROW: usize = 64;
 /// Bytes for heads that a connection keeps between exchanges at most.
 const RETAINED_BYTES: usize = 16 * 1024;
 
-/// For so many milliseconds after an exchange a connection keeps the memory of an exchange (5 KB) for the next one: who
-/// asks request after request is not given it anew with each, and who rests for long does without it.
+/// A request follows the one before if it comes within so many milliseconds; for so long its connection keeps the memory
+/// of an exchange (5 KB) for the next one. Who asks request after request is not given it anew with each, and of many
+/// who ask once and rest none leaves a hole in the heap.
 const BRIEFLY_MS: u64 = 200;
 
 /// What becomes of the connection after an exchange.
@@ -119,13 +120,17 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
     let mut client = Client { cx, inbox, request, outlet, received_head: 0, head, held };
     let idle_ms = cx.settings.keepalive_timeout_secs.saturating_mul(1000);
     let mut rests_ms = idle_ms;
+    let mut ended = None;
     while let Some(first) = client.rest(rests_ms).await {
-        match Box::pin(client.converse(first)).await {
-            After::KeepAlive if idle_ms == 0 => {}
-            After::KeepAlive => rests_ms = idle_ms.saturating_sub(BRIEFLY_MS).max(1),
+        let follows = ended.is_some_and(|ended| cx.clock.now().saturating_sub(ended) <= BRIEFLY_MS);
+        match Box::pin(client.converse(first, follows)).await {
+            After::KeepAlive => {}
             After::Close => return,
             After::Linger => return Box::pin(client.linger()).await,
         }
+        ended = Some(cx.clock.now());
+        let rested_ms = if follows { BRIEFLY_MS } else { 0 };
+        rests_ms = if idle_ms == 0 { 0 } else { idle_ms.saturating_sub(rested_ms).max(1) };
     }
 }
 
@@ -135,9 +140,9 @@ impl Client<'_> {
         self.outlet.watch.idle(millis, self.inbox.next()).await.ok()?.ok()
     }
 
-    /// Serves the request that begins with `first`, and further ones as long as they follow each other. Its state is
-    /// large beside that of a connection that rests.
-    async fn converse(&mut self, mut first: Buffer) -> After {
+    /// Serves the request that begins with `first`, and if it `follows` another one also those that follow it. Its state
+    /// is large beside that of a connection that rests.
+    async fn converse(&mut self, mut first: Buffer, follows: bool) -> After {
         loop {
             let after = match self.read_head(first).await {
                 Ok(Some(rest)) => {
@@ -156,10 +161,9 @@ impl Client<'_> {
                 return after;
             }
             self.outlet.watch.set_parting(Parting::Silent);
-            match self.rest(BRIEFLY_MS).await {
-                Some(next) => first = next,
-                None => return After::KeepAlive,
-            }
+            let next = if follows { self.rest(BRIEFLY_MS).await } else { None };
+            let Some(next) = next else { return After::KeepAlive };
+            first = next;
         }
     }
 
