@@ -6,7 +6,8 @@
 
 use thiserror::Error;
 
-use super::fields::{MAX_LENGTH, is_token_byte, is_value_byte};
+use super::bytes::{is_token_byte, is_value_byte};
+use super::fields::MAX_LENGTH;
 
 /// Most bytes of chunk extensions in one message (`faults.md` §2.1).
 pub const MAX_EXTENSION_BYTES: u16 = 4 * 1024;
