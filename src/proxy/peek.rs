@@ -14,6 +14,9 @@ use crate::{
     vllm::{self, Opening, Unbegun},
 };
 
+/// Bytes of a stream of events that are looked at at once, until it is decided on.
+const BEGINNING_BYTES: usize = 1024;
+
 /// What the first bytes of an answer have come to.
 #[derive(Debug)]
 pub(crate) enum Seen {
@@ -99,7 +102,19 @@ impl Peek {
         {
             return self.question.look(body, true, self.refusing);
         }
-        if self.is_too_large() { Seen::Pass } else { self.look(part) }
+        if self.is_too_large() {
+            return Seen::Pass;
+        }
+        // of a stream of events the first few decide, however many came with the head
+        let most = if self.question == Question::Begins { BEGINNING_BYTES } else { part.len().max(1) };
+        let mut pieces = part.chunks(most);
+        let mut seen = self.look(pieces.next().unwrap_or_default());
+        while matches!(seen, Seen::NeedMore)
+            && let Some(piece) = pieces.next()
+        {
+            seen = self.look(piece);
+        }
+        seen
     }
 
     /// Looks at a further part of the body.
