@@ -6,7 +6,8 @@
 
 use thiserror::Error;
 
-use super::fields::{MAX_LENGTH, is_token_byte, is_value_byte};
+use super::bytes::{is_token_byte, is_value_byte};
+use super::fields::MAX_LENGTH;
 
 /// Most bytes of chunk extensions in one message (`faults.md` §2.1).
 pub const MAX_EXTENSION_BYTES: u16 = 4 * 1024;
@@ -16,6 +17,9 @@ pub const MAX_TRAILER_BYTES: u16 = 16 * 1024;
 
 /// Most digits of a chunk size: those of a 64-bit number.
 const MAX_SIZE_DIGITS: u8 = 16;
+
+/// Most digits of a chunk size that is read at once: more than any chunk of a model's answer has.
+const USUAL_SIZE_DIGITS: usize = 8;
 
 /// The longest name that a trailer field must not have: `transfer-encoding`.
 const LONGEST_FORBIDDEN: usize = 17;
@@ -268,7 +272,17 @@ impl ChunkTracker {
 
     /// Walks over everything that is not data, up to the next data byte, the end of the body or the end of
     /// `input`; returns how many bytes that were.
+    #[inline]
     fn skip_framing(&mut self, input: &[u8]) -> Result<usize, ChunkError> {
+        match self.skip_usual_framing(input) {
+            Some(skipped) => Ok(skipped),
+            None => self.skip_any_framing(input),
+        }
+    }
+
+    /// As [`skip_framing`](Self::skip_framing), byte by byte.
+    #[inline(never)]
+    fn skip_any_framing(&mut self, input: &[u8]) -> Result<usize, ChunkError> {
         for (at, &byte) in input.iter().enumerate() {
             if matches!(self.state, State::Data | State::Done) {
                 return Ok(at);
@@ -276,6 +290,29 @@ impl ChunkTracker {
             self.state = self.after(byte)?;
         }
         Ok(input.len())
+    }
+
+    /// Walks at once over what nearly every sender writes between the data of two chunks, or before the first:
+    /// `[CRLF] size CRLF`. `None`, and nothing is changed, if anything else stands there or a part of it is missing.
+    #[inline]
+    fn skip_usual_framing(&mut self, input: &[u8]) -> Option<usize> {
+        let line = match self.state {
+            State::DataCr => input.strip_prefix(b"\r\n")?,
+            State::SizeStart => input,
+            _ => return None,
+        };
+        let mut size = 0;
+        for (at, &byte) in line.iter().take(USUAL_SIZE_DIGITS + 1).enumerate() {
+            if let Some(digit) = char::from(byte).to_digit(16) {
+                size = (size << 4) | u64::from(digit);
+                continue;
+            }
+            let rest = line.get(at..)?.strip_prefix(b"\r\n").filter(|_| size > 0)?;
+            self.state = State::Data;
+            self.remaining = size;
+            return Some(input.len() - rest.len());
+        }
+        None
     }
 
     /// The state after `byte`.

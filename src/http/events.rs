@@ -18,18 +18,24 @@ pub struct EventTail {
 impl EventTail {
     /// The next bytes have passed. They may end anywhere; that an event is an error is noticed only where they begin
     /// with it, as vLLM's chunks do.
+    #[inline]
     pub fn push(&mut self, data: &[u8]) {
         self.erred |= data.starts_with(b"data: {\"error\"") || data.starts_with(b"event: error\n");
-        if let Some(last) = data.last_chunk::<KEPT>() {
-            self.last = *last;
-        } else {
-            self.last.rotate_left(data.len());
-            let from = KEPT - data.len();
-            for (place, byte) in self.last.iter_mut().skip(from).zip(data) {
-                *place = *byte;
-            }
+        match data.last_chunk::<KEPT>() {
+            Some(last) => (self.last, self.count) = (*last, KEPT as u8),
+            None => self.push_short(data),
         }
-        self.count = self.count.saturating_add(data.len().min(KEPT) as u8).min(KEPT as u8);
+    }
+
+    /// Keeps less than [`KEPT`] bytes, and what is left of those before them.
+    #[inline(never)]
+    fn push_short(&mut self, data: &[u8]) {
+        self.last.rotate_left(data.len());
+        let from = KEPT - data.len();
+        for (place, byte) in self.last.iter_mut().skip(from).zip(data) {
+            *place = *byte;
+        }
+        self.count = (self.count + data.len() as u8).min(KEPT as u8);
     }
 
     /// Whether nothing has passed yet.

@@ -6,16 +6,18 @@
 //!   complete. They belong to a connection and are reused, so a steady connection allocates nothing.
 //! - [`ChunkTracker`] walks a chunked body in whatever pieces it arrives, and changes none of it;
 //!   [`EventTail`] knows where a stream of events stands.
-//! - A head is never passed on as bytes: it is written anew from its parsed parts, so that nothing which two
-//!   parsers could read in two ways ever leaves this process (`faults.md` §2.1, RFC 9112 §11).
+//! - A head is written anew from its parsed parts, so that nothing which two parsers could read in two ways ever
+//!   leaves this process (`faults.md` §2.1, RFC 9112 §11). A line that would be written byte for byte as it came is
+//!   copied, together with its neighbours.
 //!
-//! The tokenising of header lines is `httparse`'s. It is lenient where leniency is request smuggling (a bare
-//! LF ends a line for it, and it knows no framing), so line ends, request line, Host, framing and every bound
-//! are checked here. What is refused is refused; nothing is repaired.
+//! The reading of lines is ours too: what a library takes that knows no proxies (a bare LF for the end of a line) is
+//! request smuggling here, and what the lines mean to a proxy is learnt in the same pass. The tests hold it against
+//! `httparse`. What is refused is refused; nothing is repaired.
 //!
 //! It deliberately does not know what an answer of ours looks like: [`RequestError`] says why, and
 //! `proxy::respond` says it to the client.
 
+mod bytes;
 mod chunked;
 mod events;
 mod fields;
@@ -104,8 +106,8 @@ fn push_length(out: &mut Vec<u8>, name: &[u8], length: u64) {
 /// Appends fields of our own.
 fn push_extra(out: &mut Vec<u8>, extra: &[(&str, &str)]) {
     for (name, value) in extra {
-        debug_assert!(!name.is_empty() && name.bytes().all(fields::is_token_byte), "field name {name:?}");
-        debug_assert!(value.bytes().all(fields::is_value_byte), "field value {value:?}");
+        debug_assert!(!name.is_empty() && name.bytes().all(bytes::is_token_byte), "field name {name:?}");
+        debug_assert!(value.bytes().all(bytes::is_value_byte), "field value {value:?}");
         push_field(out, name.as_bytes(), value.as_bytes());
     }
 }

@@ -1,9 +1,11 @@
 //! A client's request head: read strictly, written for a worker.
 
+use memchr::{memchr, memchr2};
 use thiserror::Error;
 
-use super::fields::{Field, FieldError, Fields, Kind, Summary, members};
-use super::lines::{BareLineEnd, Lines};
+use super::bytes::token_len;
+use super::fields::{Fate, FieldError, Fields, Kind, members};
+use super::lines::{Damage, Lines};
 use super::target::{Target, is_authority, take_apart};
 use super::{
     MAX_FIELDS, MAX_HEAD_BYTES, MAX_TARGET_BYTES, OutFraming, RETAINED_BYTES, Version, push_extra,
@@ -51,15 +53,18 @@ pub enum RequestError {
     Method,
 }
 
-impl From<BareLineEnd> for RequestError {
-    fn from(_: BareLineEnd) -> Self {
+impl From<Damage> for RequestError {
+    fn from(_: Damage) -> Self {
         Self::Malformed
     }
 }
 
 impl From<FieldError> for RequestError {
-    fn from(_: FieldError) -> Self {
-        Self::Malformed
+    fn from(error: FieldError) -> Self {
+        match error {
+            FieldError::Syntax | FieldError::Framing => Self::Malformed,
+            FieldError::TooMany => Self::TooManyFields,
+        }
     }
 }
 
@@ -68,9 +73,10 @@ impl From<FieldError> for RequestError {
 pub struct RequestHead {
     lines: Lines,
     empty_lines: u8,
+    /// Where the request line begins.
+    line_at: usize,
     /// Where the field lines begin; 0 until the request line was read.
     fields_at: usize,
-    field_count: usize,
     /// A verdict was given: the next call begins a new head.
     finished: bool,
 
@@ -82,7 +88,6 @@ pub struct RequestHead {
     path_bytes: usize,
     version: Version,
     fields: Fields,
-    summary: Summary,
     upgrades: bool,
 }
 
@@ -124,8 +129,8 @@ impl RequestHead {
     pub fn reset(&mut self) {
         self.lines = Lines::default();
         self.empty_lines = 0;
+        self.line_at = 0;
         self.fields_at = 0;
-        self.field_count = 0;
         self.finished = false;
         for text in [&mut self.method, &mut self.target, &mut self.authority] {
             text.clear();
@@ -136,7 +141,6 @@ impl RequestHead {
         self.path_bytes = 0;
         self.version = Version::default();
         self.fields.clear();
-        self.summary = Summary::default();
         self.upgrades = false;
     }
 
@@ -145,25 +149,11 @@ impl RequestHead {
         if self.fields_at == 0 && !self.read_request_line(view)? {
             return Ok(None);
         }
-        loop {
-            let Some(line) = self.lines.next(view)? else {
-                return if view.len() == MAX_HEAD_BYTES { Err(RequestError::HeadTooLarge) } else { Ok(None) };
-            };
-            match view.get(line.start) {
-                _ if line.is_empty() => break,
-                // Folded lines, and white space before the first field.
-                Some(b' ' | b'\t') => return Err(RequestError::Malformed),
-                _ => self.field_count += 1,
-            }
-            if self.field_count > MAX_FIELDS {
-                return Err(RequestError::TooManyFields);
-            }
+        if !self.fields.read(&mut self.lines, view, MAX_FIELDS)? {
+            return if view.len() == MAX_HEAD_BYTES { Err(RequestError::HeadTooLarge) } else { Ok(None) };
         }
-        let end = self.lines.start();
-        self.summary =
-            self.fields.read(view.get(self.fields_at..end).unwrap_or_default(), self.field_count)?;
         self.check_fields()?;
-        Ok(Some(end))
+        Ok(Some(self.lines.start()))
     }
 
     /// Reads the request line, if all of it is there.
@@ -186,24 +176,33 @@ impl RequestHead {
                 }
                 Some(line) if line.is_empty() => self.empty_lines += 1,
                 Some(line) => {
+                    self.line_at = line.start;
                     self.fields_at = self.lines.start();
-                    self.take_request_line(view.get(line.start..self.fields_at).unwrap_or_default())?;
+                    self.take_request_line(view.get(line).unwrap_or_default())?;
                     return Ok(true);
                 }
             }
         }
     }
 
-    /// Takes `method SP target SP version CRLF` apart.
+    /// Takes `method SP target SP version` apart; all of it is printable ASCII.
     fn take_request_line(&mut self, line: &[u8]) -> Result<(), RequestError> {
-        let mut parsed = httparse::Request::new(&mut []);
-        match parsed.parse(line) {
-            Ok(httparse::Status::Partial) => {}
-            Err(httparse::Error::Version) if names_other_version(line) => return Err(RequestError::Version),
-            Ok(httparse::Status::Complete(_)) | Err(_) => return Err(RequestError::Malformed),
-        }
-        let (Some(method), Some(target), Some(minor)) = (parsed.method, parsed.path, parsed.version) else {
+        let text = std::str::from_utf8(line).map_err(|_| RequestError::Malformed)?;
+        let (method, rest) = text.split_at_checked(token_len(line)).ok_or(RequestError::Malformed)?;
+        let rest = rest.strip_prefix(' ').ok_or(RequestError::Malformed)?;
+        let target_len = memchr(b' ', rest.as_bytes()).ok_or(RequestError::Malformed)?;
+        let (target, version) = rest.split_at_checked(target_len).ok_or(RequestError::Malformed)?;
+        if method.is_empty() || target.is_empty() {
             return Err(RequestError::Malformed);
+        }
+        self.version = match version.as_bytes() {
+            b" HTTP/1.1" => Version::Http11,
+            b" HTTP/1.0" => Version::Http10,
+            [b' ', b'H', b'T', b'T', b'P', b'/', b'1', b'.', b'0' | b'1', ..] => {
+                return Err(RequestError::Malformed);
+            }
+            _ if names_other_version(line) => return Err(RequestError::Version),
+            _ => return Err(RequestError::Malformed),
         };
         if matches!(method, "CONNECT" | "TRACE") {
             return Err(RequestError::Method);
@@ -214,7 +213,6 @@ impl RequestHead {
         if target.len() > MAX_TARGET_BYTES {
             return Err(RequestError::TargetTooLong);
         }
-        self.version = if minor == 0 { Version::Http10 } else { Version::Http11 };
         self.method.push_str(method);
         match take_apart(method, target).ok_or(RequestError::Malformed)? {
             Target::Origin(target) => self.target.push_str(target),
@@ -232,7 +230,8 @@ impl RequestHead {
                 }
             }
         }
-        self.path_bytes = self.target.find(['?', '#']).unwrap_or(self.target.len());
+        let path_end = memchr2(b'?', b'#', self.target.as_bytes());
+        self.path_bytes = path_end.unwrap_or(self.target.len());
         Ok(())
     }
 
@@ -240,10 +239,10 @@ impl RequestHead {
     fn check_fields(&mut self) -> Result<(), RequestError> {
         let modern = self.version == Version::Http11;
         // RFC 9112 §6.1: Transfer-Encoding in HTTP/1.0 means that somebody between did not understand it.
-        if self.summary.chunked && !modern {
+        if self.fields.summary.chunked && !modern {
             return Err(RequestError::Malformed);
         }
-        match self.summary.hosts {
+        match self.fields.summary.hosts {
             0 if !modern => {}
             1 => {
                 if !self.fields.first(Kind::Host).is_some_and(is_authority) {
@@ -252,12 +251,12 @@ impl RequestHead {
             }
             _ => return Err(RequestError::Malformed),
         }
-        self.summary.expects_continue &= modern;
+        self.fields.summary.expects_continue &= modern;
         // To ignore an Upgrade is always legal. It is kept where it can be tunnelled: one field, no body to
         // bring before the switch, and no version of HTTP, which would hide requests from us.
         self.upgrades = modern
-            && self.summary.upgrade
-            && self.summary.upgrades == 1
+            && self.fields.summary.upgrade
+            && self.fields.summary.upgrades == 1
             && self.framing() == RequestFraming::Length(0)
             && self.fields.first(Kind::Upgrade).is_some_and(is_tunnel);
         Ok(())
@@ -296,21 +295,21 @@ impl RequestHead {
 
     /// How the end of the body is known.
     pub fn framing(&self) -> RequestFraming {
-        if self.summary.chunked {
+        if self.fields.summary.chunked {
             RequestFraming::Chunked
         } else {
-            RequestFraming::Length(self.summary.length.unwrap_or(0))
+            RequestFraming::Length(self.fields.summary.length.unwrap_or(0))
         }
     }
 
     /// Whether the client wants to send another request on this connection (RFC 9112 §9.3).
     pub fn keep_alive(&self) -> bool {
-        !self.summary.close && (self.version == Version::Http11 || self.summary.keep_alive)
+        !self.fields.summary.close && (self.version == Version::Http11 || self.fields.summary.keep_alive)
     }
 
     /// Whether the client waits for `100 Continue` before it sends the body.
     pub fn expects_continue(&self) -> bool {
-        self.summary.expects_continue
+        self.fields.summary.expects_continue
     }
 
     /// The protocol to switch to, such as `websocket`. `None` also where an upgrade is asked for that is
@@ -343,13 +342,13 @@ impl RequestHead {
         out.reserve(
             self.method.len() + head.prefix.len() + self.target.len() + self.fields.size() + extra_bytes + 96,
         );
-        out.extend_from_slice(self.method.as_bytes());
-        out.push(b' ');
-        if self.target != "*" {
-            out.extend_from_slice(head.prefix.as_bytes());
-        }
-        out.extend_from_slice(self.target.as_bytes());
-        out.extend_from_slice(b" HTTP/1.1\r\n");
+        let as_received = self.version == Version::Http11 && self.authority.is_empty();
+        let start = if as_received && head.prefix.is_empty() {
+            self.line_at..self.fields_at
+        } else {
+            self.push_request_line(out, head.prefix);
+            self.fields_at..self.fields_at
+        };
         let framing = match (head.framing, self.framing()) {
             (OutFraming::AsReceived | OutFraming::UntilClose, RequestFraming::Chunked) => OutFraming::Chunked,
             (OutFraming::AsReceived | OutFraming::UntilClose, RequestFraming::Length(_)) => {
@@ -360,41 +359,37 @@ impl RequestHead {
         let mut framed = framing == OutFraming::AsReceived;
         // A body would stand between the head and the other protocol.
         let upgrades = self.upgrades && matches!(framing, OutFraming::AsReceived | OutFraming::Length(0));
-        let replaced = |field: &Field<'_>| {
-            head.extra.iter().any(|(name, _)| field.name.eq_ignore_ascii_case(name.as_bytes()))
-        };
-        for field in self.fields.iter() {
-            match field.kind {
-                Kind::EndToEnd | Kind::ContentType | Kind::Host if replaced(&field) => {}
-                Kind::EndToEnd | Kind::ContentType => push_field(out, field.name, field.value),
-                Kind::Host if self.authority.is_empty() => push_field(out, field.name, field.value),
-                Kind::Host => push_field(out, field.name, self.authority.as_bytes()),
-                Kind::ContentLength => match framing {
-                    OutFraming::AsReceived => push_field(out, field.name, field.value),
-                    OutFraming::Length(length) => {
-                        push_length(out, field.name, length);
-                        framed = true;
-                    }
-                    OutFraming::Chunked | OutFraming::UntilClose => {}
-                },
-                Kind::TransferEncoding if framing == OutFraming::Chunked => {
-                    push_field(out, field.name, b"chunked");
+        let replaced =
+            |field: &[u8]| head.extra.iter().any(|(name, _)| field.eq_ignore_ascii_case(name.as_bytes()));
+        self.fields.write(out, start, |kind, name| match kind {
+            Kind::EndToEnd | Kind::ContentType | Kind::Host if replaced(name) => Fate::Dropped,
+            Kind::EndToEnd | Kind::ContentType => Fate::Kept,
+            Kind::Host if self.authority.is_empty() => Fate::Kept,
+            Kind::Host => Fate::Valued(self.authority.as_bytes()),
+            Kind::ContentLength => match framing {
+                OutFraming::AsReceived => Fate::Kept,
+                OutFraming::Length(length) => {
                     framed = true;
+                    Fate::Counted(length)
                 }
-                Kind::Trailer if framing == OutFraming::Chunked => push_field(out, field.name, field.value),
-                Kind::Upgrade if upgrades => {
-                    push_field(out, b"Connection", b"Upgrade");
-                    push_field(out, field.name, field.value);
-                }
-                Kind::HopByHop
-                | Kind::Connection
-                | Kind::Upgrade
-                | Kind::TransferEncoding
-                | Kind::Trailer
-                | Kind::Expect => {}
+                OutFraming::Chunked | OutFraming::UntilClose => Fate::Dropped,
+            },
+            Kind::TransferEncoding if framing == OutFraming::Chunked => {
+                framed = true;
+                Fate::Valued(b"chunked")
             }
-        }
-        if self.summary.hosts == 0 && !head.extra.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+            Kind::Trailer if framing == OutFraming::Chunked => Fate::Kept,
+            Kind::Upgrade if upgrades => Fate::KeptBehind("Connection", "Upgrade"),
+            Kind::HopByHop
+            | Kind::Connection
+            | Kind::Upgrade
+            | Kind::TransferEncoding
+            | Kind::Trailer
+            | Kind::Expect => Fate::Dropped,
+        });
+        if self.fields.summary.hosts == 0
+            && !head.extra.iter().any(|(name, _)| name.eq_ignore_ascii_case("host"))
+        {
             push_field(out, b"Host", self.authority.as_bytes());
         }
         push_extra(out, head.extra);
@@ -404,6 +399,17 @@ impl RequestHead {
             _ => {}
         }
         out.extend_from_slice(b"\r\n");
+    }
+
+    /// Appends the request line for a worker whose paths begin with `prefix`.
+    fn push_request_line(&self, out: &mut Vec<u8>, prefix: &str) {
+        out.extend_from_slice(self.method.as_bytes());
+        out.push(b' ');
+        if self.target != "*" {
+            out.extend_from_slice(prefix.as_bytes());
+        }
+        out.extend_from_slice(self.target.as_bytes());
+        out.extend_from_slice(b" HTTP/1.1\r\n");
     }
 }
 
@@ -427,4 +433,75 @@ fn is_tunnel(value: &[u8]) -> bool {
         && members(value).next().is_some()
         && members(value)
             .all(|member| !starts(member, b"h2") && !starts(member, b"http") && !starts(member, b"tls"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &[u8]) -> Result<(String, Version), RequestError> {
+        let mut head = RequestHead::default();
+        head.take_request_line(line)?;
+        Ok((format!("{} {}", head.method, head.target), head.version))
+    }
+
+    /// The same on top of `httparse`.
+    fn read_by_httparse(line: &[u8]) -> Result<(String, Version), RequestError> {
+        let line = [line, b"\r\n"].concat();
+        let mut parsed = httparse::Request::new(&mut []);
+        match parsed.parse(&line) {
+            Ok(httparse::Status::Partial) => {}
+            Err(httparse::Error::Version) if names_other_version(&line) => return Err(RequestError::Version),
+            _ => return Err(RequestError::Malformed),
+        }
+        let (method, target) = (parsed.method.unwrap(), parsed.path.unwrap());
+        if matches!(method, "CONNECT" | "TRACE") {
+            return Err(RequestError::Method);
+        }
+        let version = if parsed.version == Some(0) { Version::Http10 } else { Version::Http11 };
+        match take_apart(method, target) {
+            Some(Target::Origin(target)) => Ok((format!("{method} {target}"), version)),
+            Some(Target::Asterisk) => Ok((format!("{method} *"), version)),
+            _ => Err(RequestError::Malformed),
+        }
+    }
+
+    #[test]
+    fn a_changed_request_line_is_read_as_httparse_reads_it() {
+        let agrees = |line: &[u8]| {
+            assert_eq!(read(line), read_by_httparse(line), "{}", line.escape_ascii());
+        };
+        for whole in [
+            &b"POST /v1/chat/completions?a=b#c HTTP/1.1"[..],
+            b"GET / HTTP/1.0",
+            b"OPTIONS * HTTP/1.1",
+            b"M-SEARCH / HTTP/1.1",
+            b"CONNECT h:1 HTTP/1.1",
+            b"TRACE / HTTP/1.1",
+            b"PRI * HTTP/2.0",
+            b"GET / HTTP/1.1 HTTP/2.0",
+            b"GET / x HTTP/2.0",
+            b"GET / x HTTP/2.0 ",
+            b"GET / HTTP/1.",
+            b"GET  HTTP/2.0",
+        ] {
+            agrees(whole);
+            for at in 0..whole.len() {
+                let (before, after) = whole.split_at(at);
+                agrees(&[before, &after[1..]].concat());
+                agrees(&whole[..=at]);
+                for byte in b' '..0x7f {
+                    agrees(&[before, &[byte], after].concat());
+                    agrees(&[before, &[byte], &after[1..]].concat());
+                }
+                for other in at..whole.len() {
+                    for (one, two) in [(b' ', b' '), (b'1', b' '), (b'(', b' '), (b' ', b'2'), (b'/', b'2')] {
+                        let mut changed = whole.to_vec();
+                        (changed[at], changed[other]) = (one, two);
+                        agrees(&changed);
+                    }
+                }
+            }
+        }
+    }
 }

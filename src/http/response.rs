@@ -2,11 +2,10 @@
 
 use thiserror::Error;
 
-use super::fields::{FieldError, Fields, Kind, Summary, is_value_byte};
-use super::lines::{BareLineEnd, Lines};
+use super::fields::{Fate, FieldError, Fields, Kind};
+use super::lines::{Damage, Lines};
 use super::{
-    MAX_RESPONSE_FIELDS, MAX_RESPONSE_HEAD_BYTES, OutFraming, RETAINED_BYTES, Version, push_extra,
-    push_field, push_length,
+    MAX_RESPONSE_FIELDS, MAX_RESPONSE_HEAD_BYTES, OutFraming, Version, push_extra, push_field, push_length,
 };
 
 /// `HTTP/1.1 200`: the part of a status line before its reason.
@@ -42,8 +41,8 @@ pub enum ResponseError {
     TooManyFields,
 }
 
-impl From<BareLineEnd> for ResponseError {
-    fn from(_: BareLineEnd) -> Self {
+impl From<Damage> for ResponseError {
+    fn from(_: Damage) -> Self {
         Self::Malformed
     }
 }
@@ -52,6 +51,7 @@ impl From<FieldError> for ResponseError {
     fn from(error: FieldError) -> Self {
         match error {
             FieldError::Syntax => Self::Malformed,
+            FieldError::TooMany => Self::TooManyFields,
             FieldError::Framing => Self::Framing,
         }
     }
@@ -63,18 +63,14 @@ pub struct ResponseHead {
     lines: Lines,
     /// Where the field lines begin; 0 until the status line was read.
     fields_at: usize,
-    field_count: usize,
     /// A verdict was given: the next call begins a new head.
     finished: bool,
 
     version: Version,
     status: u16,
-    /// The reason phrase as it was sent, maybe not UTF-8.
-    reason: Vec<u8>,
     /// It answers a HEAD.
     to_head: bool,
     fields: Fields,
-    summary: Summary,
 }
 
 /// How a response head goes to a client.
@@ -112,52 +108,38 @@ impl ResponseHead {
     pub fn reset(&mut self) {
         self.lines = Lines::default();
         self.fields_at = 0;
-        self.field_count = 0;
         self.finished = false;
         self.version = Version::default();
         self.status = 0;
-        self.reason.clear();
-        if self.reason.capacity() > RETAINED_BYTES {
-            self.reason.shrink_to(RETAINED_BYTES);
-        }
         self.to_head = false;
         self.fields.clear();
-        self.summary = Summary::default();
     }
 
     fn advance(&mut self, input: &[u8]) -> Result<Option<usize>, ResponseError> {
         let view = input.get(..MAX_RESPONSE_HEAD_BYTES).unwrap_or(input);
-        loop {
-            let Some(line) = self.lines.next(view)? else {
-                // What begins otherwise is no HTTP; the rest of its line may never come.
-                if self.fields_at == 0 && !view.iter().zip(b"HTTP/1.").all(|(byte, good)| byte == good) {
-                    return Err(ResponseError::Malformed);
-                }
-                let full = view.len() == MAX_RESPONSE_HEAD_BYTES;
-                return if full { Err(ResponseError::HeadTooLarge) } else { Ok(None) };
-            };
-            if self.fields_at == 0 {
-                self.take_status_line(view.get(line).unwrap_or_default())?;
-                self.fields_at = self.lines.start();
-                continue;
-            }
-            match view.get(line.start) {
-                _ if line.is_empty() => break,
-                Some(b' ' | b'\t') => return Err(ResponseError::Malformed),
-                _ => self.field_count += 1,
-            }
-            if self.field_count > MAX_RESPONSE_FIELDS {
-                return Err(ResponseError::TooManyFields);
-            }
+        if !(self.fields_at > 0 || self.read_status_line(view)?)
+            || !self.fields.read(&mut self.lines, view, MAX_RESPONSE_FIELDS)?
+        {
+            let full = view.len() == MAX_RESPONSE_HEAD_BYTES;
+            return if full { Err(ResponseError::HeadTooLarge) } else { Ok(None) };
         }
-        let end = self.lines.start();
-        self.summary =
-            self.fields.read(view.get(self.fields_at..end).unwrap_or_default(), self.field_count)?;
         // RFC 9112 §6.1, as for requests.
-        if self.summary.chunked && self.version == Version::Http10 {
+        if self.fields.summary.chunked && self.version == Version::Http10 {
             return Err(ResponseError::Framing);
         }
-        Ok(Some(end))
+        Ok(Some(self.lines.start()))
+    }
+
+    /// Reads the status line, if all of it is there.
+    fn read_status_line(&mut self, view: &[u8]) -> Result<bool, ResponseError> {
+        let Some(line) = self.lines.next(view)? else {
+            // What begins otherwise is no HTTP; the rest of its line may never come.
+            let begins = view.iter().zip(b"HTTP/1.").all(|(byte, good)| byte == good);
+            return if begins { Ok(false) } else { Err(ResponseError::Malformed) };
+        };
+        self.take_status_line(view.get(line).unwrap_or_default())?;
+        self.fields_at = self.lines.start();
+        Ok(true)
     }
 
     /// Takes `HTTP/1.x SP 3DIGIT [ SP reason ]` apart. The reason may be missing with its space, which many
@@ -177,15 +159,9 @@ impl ResponseHead {
             return Err(ResponseError::Malformed);
         }
         self.status = digits.iter().fold(0, |status, digit| status * 10 + u16::from(digit - b'0'));
-        let reason = match reason.split_first() {
-            None => reason,
-            Some((b' ', reason)) => reason,
-            Some(_) => return Err(ResponseError::Malformed),
-        };
-        if !reason.iter().copied().all(is_value_byte) {
+        if !matches!(reason.first(), None | Some(b' ')) {
             return Err(ResponseError::Malformed);
         }
-        self.reason.extend_from_slice(reason);
         Ok(())
     }
 
@@ -203,10 +179,10 @@ impl ResponseHead {
     pub fn framing(&self) -> ResponseFraming {
         if self.to_head || self.is_bodiless() || self.status == 304 {
             ResponseFraming::None
-        } else if self.summary.chunked {
+        } else if self.fields.summary.chunked {
             ResponseFraming::Chunked
         } else {
-            self.summary.length.map_or(ResponseFraming::UntilClose, ResponseFraming::Length)
+            self.fields.summary.length.map_or(ResponseFraming::UntilClose, ResponseFraming::Length)
         }
     }
 
@@ -217,8 +193,8 @@ impl ResponseHead {
 
     /// Whether the worker's connection can be used again after this answer.
     pub fn keep_alive(&self) -> bool {
-        !self.summary.close
-            && (self.version == Version::Http11 || self.summary.keep_alive)
+        !self.fields.summary.close
+            && (self.version == Version::Http11 || self.fields.summary.keep_alive)
             && self.framing() != ResponseFraming::UntilClose
             && self.status != 101
     }
@@ -242,7 +218,7 @@ impl ResponseHead {
     /// The protocol that a 101 switches to; `None` for every other status, and for a 101 that does not say
     /// what it switches to in the form of RFC 9110 §7.8.
     pub fn upgrade(&self) -> Option<&str> {
-        if self.status != 101 || !self.summary.upgrade || self.summary.upgrades != 1 {
+        if self.status != 101 || !self.fields.summary.upgrade || self.fields.summary.upgrades != 1 {
             return None;
         }
         let value = self.fields.first(Kind::Upgrade).filter(|value| !value.is_empty())?;
@@ -260,41 +236,38 @@ impl ResponseHead {
     /// nothing about the connection; a 101 says what it upgrades to.
     pub fn write_downstream(&self, out: &mut Vec<u8>, head: &DownstreamHead<'_>) {
         let extra_bytes: usize = head.extra.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
-        out.reserve(self.reason.len() + self.fields.size() + extra_bytes + 96);
-        out.extend_from_slice(b"HTTP/1.1 ");
-        out.extend([100, 10, 1].map(|unit| b'0' + u8::try_from(self.status / unit % 10).unwrap_or(0)));
-        out.push(b' ');
-        out.extend_from_slice(&self.reason);
-        out.extend_from_slice(b"\r\n");
+        out.reserve(self.fields.size() + extra_bytes + 96);
+        let bare = self.fields_at == STATUS_BYTES + 2;
+        let start = if bare || self.version == Version::Http10 {
+            // The version is ours, and a space is there also where there is no reason.
+            out.extend_from_slice(b"HTTP/1.1 ");
+            out.extend_from_slice(self.fields.bytes(STATUS_BYTES - 3..STATUS_BYTES));
+            out.push(b' ');
+            STATUS_BYTES + usize::from(!bare)..self.fields_at
+        } else {
+            0..self.fields_at
+        };
         let framing = self.framing_for(head);
         let mut framed = false;
-        for field in self.fields.iter() {
-            match field.kind {
-                Kind::EndToEnd | Kind::ContentType | Kind::Host | Kind::Expect => {
-                    push_field(out, field.name, field.value);
-                }
-                Kind::ContentLength => {
-                    if let OutFraming::Length(length) = framing {
-                        push_length(out, field.name, length);
-                        framed = true;
-                    }
-                }
-                Kind::TransferEncoding if framing == OutFraming::Chunked => {
-                    push_field(out, field.name, b"chunked");
+        self.fields.write(out, start, |kind, _| match kind {
+            Kind::EndToEnd | Kind::ContentType | Kind::Host | Kind::Expect => Fate::Kept,
+            Kind::ContentLength => match framing {
+                OutFraming::Length(length) => {
                     framed = true;
+                    Fate::Counted(length)
                 }
-                Kind::Trailer if framing == OutFraming::Chunked => push_field(out, field.name, field.value),
-                Kind::Upgrade if self.upgrade().is_some() => {
-                    push_field(out, b"connection", b"upgrade");
-                    push_field(out, field.name, field.value);
-                }
-                Kind::HopByHop
-                | Kind::Connection
-                | Kind::Upgrade
-                | Kind::TransferEncoding
-                | Kind::Trailer => {}
+                _ => Fate::Dropped,
+            },
+            Kind::TransferEncoding if framing == OutFraming::Chunked => {
+                framed = true;
+                Fate::Valued(b"chunked")
             }
-        }
+            Kind::Trailer if framing == OutFraming::Chunked => Fate::Kept,
+            Kind::Upgrade if self.upgrade().is_some() => Fate::KeptBehind("connection", "upgrade"),
+            Kind::HopByHop | Kind::Connection | Kind::Upgrade | Kind::TransferEncoding | Kind::Trailer => {
+                Fate::Dropped
+            }
+        });
         push_extra(out, head.extra);
         match framing {
             OutFraming::Length(length) if !framed => push_length(out, b"content-length", length),
@@ -316,8 +289,10 @@ impl ResponseHead {
         let framing = match head.framing {
             _ if self.is_bodiless() => OutFraming::UntilClose,
             // Also where there is no body: the fields of an answer to HEAD tell what GET would have got.
-            OutFraming::AsReceived if self.summary.chunked => OutFraming::Chunked,
-            OutFraming::AsReceived => self.summary.length.map_or(OutFraming::UntilClose, OutFraming::Length),
+            OutFraming::AsReceived if self.fields.summary.chunked => OutFraming::Chunked,
+            OutFraming::AsReceived => {
+                self.fields.summary.length.map_or(OutFraming::UntilClose, OutFraming::Length)
+            }
             framing => framing,
         };
         debug_assert!(

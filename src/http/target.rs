@@ -1,5 +1,7 @@
 //! What a request is for: the forms of a target (RFC 9112 §3.2) and the syntax of an authority.
 
+use super::bytes::registered_len;
+
 /// A request target, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target<'a> {
@@ -41,24 +43,19 @@ pub(super) fn take_apart<'a>(method: &str, target: &'a str) -> Option<Target<'a>
 /// Whether `text` is `uri-host [ ":" port ]` (RFC 9110 §7.2, RFC 3986 §3.2.2). Userinfo is not part of it.
 /// An empty text is: a client sends it when its URI has no authority.
 pub(super) fn is_authority(text: &[u8]) -> bool {
-    let (host_is_good, after) = match text.strip_prefix(b"[") {
+    let after = match text.strip_prefix(b"[") {
         Some(literal) => {
             let end = literal.iter().position(|&byte| byte == b']').unwrap_or(literal.len());
             let (address, after) = literal.split_at_checked(end).unwrap_or_default();
-            (is_ip_literal(address), after.strip_prefix(b"]").unwrap_or(b"]"))
+            after.strip_prefix(b"]").filter(|_| is_ip_literal(address))
         }
-        None => {
-            let end = text.iter().position(|&byte| byte == b':').unwrap_or(text.len());
-            let (name, after) = text.split_at_checked(end).unwrap_or_default();
-            (is_registered_name(name), after)
-        }
+        None => after_registered_name(text),
     };
-    let port_is_good = match after.split_first() {
-        None => true,
-        Some((b':', port)) => port.len() <= 5 && port.iter().all(u8::is_ascii_digit),
-        Some(_) => false,
-    };
-    host_is_good && port_is_good
+    match after.map(<[u8]>::split_first) {
+        Some(None) => true,
+        Some(Some((b':', port))) => port.len() <= 5 && port.iter().all(u8::is_ascii_digit),
+        Some(Some(_)) | None => false,
+    }
 }
 
 /// An IPv6 address or an address of a later version; loosely, since only its characters matter here.
@@ -72,21 +69,17 @@ fn is_ip_literal(address: &[u8]) -> bool {
     }
 }
 
-fn is_registered_name(name: &[u8]) -> bool {
-    let mut bytes = name.iter();
-    while let Some(byte) = bytes.next() {
-        let good = match byte {
-            b'%' => {
-                bytes.next().is_some_and(u8::is_ascii_hexdigit)
-                    && bytes.next().is_some_and(u8::is_ascii_hexdigit)
-            }
-            byte => byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(byte),
+/// What follows a registered name, which may be empty; `None` if its percent-encoding is damaged.
+fn after_registered_name(text: &[u8]) -> Option<&[u8]> {
+    let mut rest = text;
+    loop {
+        rest = rest.get(registered_len(rest)..)?;
+        rest = match rest {
+            [b'%', high, low, after @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => after,
+            [b'%', ..] => return None,
+            _ => return Some(rest),
         };
-        if !good {
-            return false;
-        }
     }
-    true
 }
 
 #[cfg(test)]

@@ -148,7 +148,7 @@ fn a_damaged_framing_field_is_never_cleaned() {
             for &byte in &damage {
                 // A byte that belongs into or ends a name makes another, harmless name of it.
                 let renames =
-                    at <= colon && fields::is_token_byte(byte) || (1..colon).contains(&at) && byte == b':';
+                    at <= colon && bytes::is_token_byte(byte) || (1..colon).contains(&at) && byte == b':';
                 // A digit makes another, legal length of it.
                 let legal = at > colon && field.starts_with('C') && byte.is_ascii_digit();
                 if renames || legal {
@@ -624,6 +624,30 @@ fn extensions_and_trailers_are_bounded_over_the_whole_message() {
     }
     assert_eq!(tracker.track(b"X"), Err(ChunkError::TrailersTooLong));
     assert!(ChunkTracker::new().track(format!("0\r\n{}\r\n", line.repeat(16)).as_bytes()).unwrap().done);
+}
+
+#[test]
+fn a_chunk_size_is_read_alike_at_once_and_byte_by_byte() {
+    for digits in 1..=18 {
+        for size in ["0", "1", "a", "F", "30", "g", ""] {
+            let zeros = "0".repeat(digits);
+            for line in [format!("{size:0>digits$}"), format!("{size}{zeros}"), format!("{zeros}{size}x")] {
+                for end in ["\r\n", "\r", "\n", "", ";a\r\n"] {
+                    let text = format!("1\r\nd\r\n{line}{end}ddd");
+                    let whole = ChunkTracker::new().track(text.as_bytes());
+                    let mut tracker = ChunkTracker::new();
+                    let parts = text.as_bytes().chunks(1).map(|byte| tracker.track(byte));
+                    let sum = |sum: Tracked, part: Result<Tracked, ChunkError>| {
+                        let part = part?;
+                        let (consumed, data) = (sum.consumed + part.consumed, sum.data + part.data);
+                        Ok(Tracked { consumed, data, done: part.done })
+                    };
+                    let none = Tracked { consumed: 0, data: 0, done: false };
+                    assert_eq!(whole, parts.into_iter().try_fold(none, sum), "{text:?}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -107,7 +107,9 @@ impl Peek {
 
     /// Looks at a further part of the body, no further than it takes.
     fn look(&mut self, part: &[u8]) -> Seen {
-        let mut pieces = part.chunks(LOOK_BYTES);
+        // other questions take the whole of an answer
+        let most = if self.question == Question::Begins { LOOK_BYTES } else { part.len().max(1) };
+        let mut pieces = part.chunks(most);
         let first = self.look_at(pieces.next().unwrap_or_default());
         pieces.fold(first, |seen, piece| match seen {
             Seen::NeedMore => self.look_at(piece),
