@@ -95,7 +95,7 @@ const BUDGETS: &[Budget] = &[
     Budget { what: What::Submissions,  case: Case::Long,  io: Io::Uring, most: 5.0 },
     Budget { what: What::Submissions,  case: Case::Event, io: Io::Uring, most: 2.0 },
     Budget { what: What::Instructions, case: Case::Json,  io: Io::Epoll, most: 30_500.0 },
-    Budget { what: What::Instructions, case: Case::Long,  io: Io::Epoll, most: 99_000.0 },
+    Budget { what: What::Instructions, case: Case::Long,  io: Io::Epoll, most: 96_000.0 },
     Budget { what: What::Instructions, case: Case::Event, io: Io::Epoll, most: 3_500.0 },
 ];
 
