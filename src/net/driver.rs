@@ -8,6 +8,8 @@ use std::{fmt, io};
 
 use monoio::{IoUringDriver, LegacyDriver, RuntimeBuilder, time::TimeDriver};
 
+use crate::net::outbox::emptied;
+
 /// Entries of a ring's submission queue. A full queue is flushed, not an error.
 const RING_ENTRIES: u32 = 1024;
 
@@ -117,7 +119,7 @@ impl Runtime {
     pub fn block_on<T>(&mut self, main: impl Future<Output = T>) -> T {
         match self {
             Self::Uring(runtime) => runtime.block_on(main),
-            Self::Epoll(runtime) => runtime.block_on(main),
+            Self::Epoll(runtime) => runtime.block_on(emptied(main)),
         }
     }
 }

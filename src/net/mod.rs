@@ -14,6 +14,7 @@ mod buffer;
 mod contain;
 mod driver;
 mod limits;
+mod outbox;
 mod settings;
 mod socket;
 mod watch;

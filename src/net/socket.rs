@@ -9,6 +9,7 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     pin::{Pin, pin},
+    rc::Rc,
     task::{Context, Waker},
     time::Duration,
 };
@@ -18,7 +19,10 @@ use monoio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::net::{Buffer, Driver, Elapsed, Settings, Watch};
+use crate::net::{
+    Buffer, Driver, Elapsed, Settings, Watch,
+    outbox::{self, Outbox},
+};
 
 /// Connections that the kernel completes before we accept them. Capped by `net.core.somaxconn`.
 pub(super) const BACKLOG: i32 = 4096;
@@ -43,6 +47,8 @@ pub struct ReadHalf {
 pub struct WriteHalf {
     half: OwnedWriteHalf<TcpStream>,
     fd: RawFd,
+    /// Where writes of one turn are collected, with epoll.
+    outbox: Option<Rc<Outbox>>,
 }
 
 impl ReadHalf {
@@ -164,6 +170,11 @@ impl fmt::Debug for ReadAhead {
 }
 
 impl WriteHalf {
+    #[cfg(test)]
+    pub(super) fn fd(&self) -> RawFd {
+        self.fd
+    }
+
     /// Writes all that `buffer` holds and gives it back as it was.
     ///
     /// # Errors
@@ -176,7 +187,7 @@ impl WriteHalf {
         let mut written = 0;
         while written < len {
             let result;
-            (result, buffer) = self.half.write(buffer).await;
+            (result, buffer) = self.write(buffer).await;
             match result {
                 Ok(0) => {
                     buffer.retreat(written);
@@ -198,6 +209,18 @@ impl WriteHalf {
             }
         }
         (Ok(()), buffer)
+    }
+
+    /// Writes what the kernel takes of `buffer`: with the other writes of this turn, or when there is room.
+    async fn write(&mut self, mut buffer: Buffer) -> (io::Result<usize>, Buffer) {
+        if let Some(outbox) = &self.outbox {
+            let result;
+            (result, buffer) = outbox.write(self.fd, buffer).await;
+            if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+                return (result, buffer);
+            }
+        }
+        self.half.write(buffer).await
     }
 
     /// As [`WriteHalf::write_all`], but gives up when the peer has taken nothing for `millis` milliseconds (late by
@@ -288,7 +311,7 @@ fn tune(socket: BorrowedFd<'_>, settings: &Settings) {
 fn split(stream: TcpStream) -> (ReadHalf, WriteHalf) {
     let fd = stream.as_raw_fd();
     let (read, write) = stream.into_split();
-    (ReadHalf { half: read, fd }, WriteHalf { half: write, fd })
+    (ReadHalf { half: read, fd }, WriteHalf { half: write, fd, outbox: outbox::current() })
 }
 
 /// Opens a connection to `address`.

@@ -1,0 +1,523 @@
+//! What a shard writes within one turn, given to the kernel at once.
+//!
+//! With epoll each write is a system call of its own, and a write wakes whoever reads it. Where that is on our core
+//! the kernel likes to let it run at once, so that a shard with much to write is interrupted once per write. A ring
+//! takes all writes of a turn in one call; here that is `io_submit` of Linux' older AIO, which containers may use
+//! where they may not use io_uring. On a socket that does not block it writes what a plain write would, before
+//! it returns.
+//!
+//! Without it (`fs.aio-max-nr` used up, a kernel without AIO) there is no outbox and every write is a call of its own; so
+//! is it as long as there is no more than one in a turn.
+
+#![expect(unsafe_code, reason = "AIO is system calls that libc has no functions for")]
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io,
+    os::fd::RawFd,
+    pin::pin,
+    ptr::null_mut,
+    rc::Rc,
+    task::{Poll, Waker},
+};
+
+use crate::net::{Buffer, Driver, Ringer, bell, spawn};
+
+/// Writes that are given to the kernel in one call at most.
+const BATCH: usize = 64;
+
+/// Turns in a row whose writers are woken at once. monoio looks at its timers only when no task can go on, which with
+/// many writers may never be: those of the next turn are woken by the driver.
+const TURNS_IN_A_ROW: u32 = 16;
+
+/// `struct iocb` (linux/aio_abi.h).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Order {
+    /// Comes back with the result.
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    bytes: u64,
+    len: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    eventfd: u32,
+}
+
+/// `IOCB_CMD_PWRITE`; of a socket there is no offset.
+const WRITE: u16 = 1;
+
+/// `struct io_event`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Done {
+    data: u64,
+    order: u64,
+    /// Bytes written, or an error's negative number.
+    result: i64,
+    second: i64,
+}
+
+/// One write.
+#[derive(Debug)]
+enum Letter {
+    /// None; its place is free.
+    Free,
+    /// To be sent at the end of the turn.
+    Posted { fd: RawFd, bytes: *const u8, len: usize, waker: Waker },
+    /// Nobody waits for it any more, and it must not be sent.
+    Withdrawn,
+    /// What the kernel said: bytes written, or an error's negative number.
+    Sent(i64),
+}
+
+impl Letter {
+    fn replace(&mut self, with: Self) -> Self {
+        std::mem::replace(self, with)
+    }
+}
+
+/// The writes of one shard that wait for the end of the turn.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    /// The kernel's name for what is given to it.
+    aio: libc::c_ulong,
+    /// As many as there ever were writes at a time: one per connection at most.
+    letters: RefCell<Vec<Letter>>,
+    /// Of the letters, those whose place is free.
+    free: RefCell<Vec<usize>>,
+    /// Of the letters, those to be sent, in order.
+    posted: RefCell<Vec<usize>>,
+    /// Writes in this turn, and in the one before.
+    writes: Cell<u32>,
+    before: Cell<u32>,
+    /// Wakes who calls [`Outbox::flush`].
+    flusher: RefCell<Option<Waker>>,
+    /// Turns in a row whose writers were woken at once.
+    turns: Cell<u32>,
+    /// Writers that are woken by the driver, and what makes it do so.
+    sleepers: RefCell<Vec<Waker>>,
+    ringer: Ringer,
+}
+
+thread_local! {
+    /// That of the shard on this thread.
+    static OUTBOX: RefCell<Option<Rc<Outbox>>> = const { RefCell::new(None) };
+}
+
+/// The outbox of this shard; `None` where writes are not collected.
+pub(super) fn current() -> Option<Rc<Outbox>> {
+    OUTBOX.with_borrow(Clone::clone)
+}
+
+/// Runs `main` with an outbox, if there can be one. It is emptied with every poll of `main`, which monoio makes when no
+/// task can go on.
+///
+/// # Cancellation
+/// As `main`.
+pub(super) async fn emptied<T>(main: impl Future<Output = T>) -> T {
+    let outbox = Outbox::begin().ok();
+    OUTBOX.set(outbox.clone());
+    let mut main = pin!(main);
+    let ended = poll_fn(|context| {
+        let polled = main.as_mut().poll(context);
+        if let Some(outbox) = &outbox {
+            outbox.flush(context.waker());
+        }
+        polled
+    })
+    .await;
+    OUTBOX.set(None);
+    ended
+}
+
+impl Outbox {
+    fn begin() -> io::Result<Rc<Self>> {
+        let (ringer, bell) = bell()?;
+        let mut aio: libc::c_ulong = 0;
+        // SAFETY: the kernel writes the number of the context into `aio`.
+        let made = unsafe { libc::syscall(libc::SYS_io_setup, BATCH, &raw mut aio) };
+        if made != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let outbox = Rc::new(Self {
+            aio,
+            letters: RefCell::default(),
+            free: RefCell::default(),
+            posted: RefCell::default(),
+            writes: Cell::new(0),
+            before: Cell::new(0),
+            flusher: RefCell::default(),
+            turns: Cell::new(0),
+            sleepers: RefCell::default(),
+            ringer,
+        });
+        let weak = Rc::downgrade(&outbox);
+        spawn(async move {
+            let wake = || {
+                if let Some(outbox) = weak.upgrade() {
+                    outbox.sleepers.borrow_mut().drain(..).for_each(Waker::wake);
+                }
+            };
+            if let Err(error) = bell.listen(Driver::Epoll, wake).await {
+                tracing::error!(%error, "the bell of an outbox is broken");
+            }
+        });
+        Ok(outbox)
+    }
+
+    /// Writes what the kernel takes of `buffer`, at the end of this turn if there are other writes in it; `WouldBlock` if
+    /// it takes nothing. The socket must be one that does not block.
+    ///
+    /// # Cancellation
+    /// Nothing is written.
+    pub(super) async fn write(&self, fd: RawFd, buffer: Buffer) -> (io::Result<usize>, Buffer) {
+        if self.writes.get() == 0
+            && let Some(flusher) = &*self.flusher.borrow()
+        {
+            flusher.wake_by_ref();
+        }
+        self.writes.set(self.writes.get() + 1);
+        let (result, buffer) = if self.before.get() <= 1 {
+            let bytes = buffer.filled();
+            (write_alone(fd, bytes.as_ptr(), bytes.len()), buffer)
+        } else {
+            let mut posted = Posted { outbox: self, letter: None, buffer };
+            let result = poll_fn(|context| posted.poll(fd, context.waker())).await;
+            (result, std::mem::replace(&mut posted.buffer, Buffer::new(0, 0)))
+        };
+        let error = |_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
+        (usize::try_from(result).map_err(error), buffer)
+    }
+
+    /// Ends a turn: sends what was posted in it, and sees that those are woken who wait for that.
+    fn flush(&self, waker: &Waker) {
+        let mut flusher = self.flusher.borrow_mut();
+        if flusher.as_ref().is_none_or(|known| !known.will_wake(waker)) {
+            *flusher = Some(waker.clone());
+        }
+        drop(flusher);
+        self.before.set(self.writes.replace(0));
+        let posted = &mut *self.posted.borrow_mut();
+        if posted.is_empty() {
+            return;
+        }
+        let turns = self.turns.get() + 1;
+        let later = turns > TURNS_IN_A_ROW;
+        self.turns.set(if later { 0 } else { turns });
+        for batch in posted.chunks(BATCH) {
+            self.send(
+                batch,
+                |waker| if later { self.sleepers.borrow_mut().push(waker) } else { waker.wake() },
+            );
+        }
+        posted.clear();
+        if later {
+            self.ringer.ring();
+        }
+    }
+
+    fn send(&self, batch: &[usize], wake: impl Fn(Waker)) {
+        let mut orders = [Order::default(); BATCH];
+        let mut count = 0;
+        for &letter in batch {
+            if let Letter::Posted { fd, bytes, len, .. } = self.letters.borrow()[letter] {
+                let (data, fd) = (letter as u64, fd.cast_unsigned());
+                let (bytes, len) = (bytes as u64, len as u64);
+                orders[count] = Order { data, opcode: WRITE, fd, bytes, len, ..Order::default() };
+                count += 1;
+            } else {
+                self.put_away(letter);
+            }
+        }
+        let told = |letter: u64, result: i64| {
+            let letter = self.letters.borrow_mut()[letter as usize].replace(Letter::Sent(result));
+            if let Letter::Posted { waker, .. } = letter {
+                wake(waker);
+            }
+        };
+        let mut at = 0;
+        while at < count {
+            let rest = &mut orders[at..count];
+            // alone it is cheaper without AIO, which also tells why one is refused
+            let taken = if rest.len() == 1 { 0 } else { self.submit(rest) };
+            if taken == 0 {
+                let Order { data, fd, bytes, len, .. } = rest[0];
+                told(data, write_alone(fd.cast_signed(), bytes as *const u8, len as usize));
+            } else {
+                let mut results = [Done::default(); BATCH];
+                for done in self.results(&mut results[..taken]) {
+                    told(done.data, done.result);
+                }
+            }
+            at += taken.max(1);
+        }
+    }
+
+    /// Puts a letter where it is sent from, and tells where that is.
+    fn post(&self, letter: Letter) -> usize {
+        let mut letters = self.letters.borrow_mut();
+        let at = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            letters.push(Letter::Free);
+            letters.len() - 1
+        });
+        letters[at] = letter;
+        self.posted.borrow_mut().push(at);
+        at
+    }
+
+    fn put_away(&self, at: usize) {
+        self.letters.borrow_mut()[at] = Letter::Free;
+        self.free.borrow_mut().push(at);
+    }
+
+    /// Gives `orders` to the kernel; how many it took, from the front.
+    fn submit(&self, orders: &mut [Order]) -> usize {
+        let mut list = [null_mut::<Order>(); BATCH];
+        for (entry, order) in list.iter_mut().zip(&mut *orders) {
+            *entry = order;
+        }
+        // SAFETY: the list has as many entries as said, each points to an order, and the bytes of each order are kept by
+        // who posted it: it withdraws the letter before it lets them go. All is done when the call returns.
+        let taken = unsafe { libc::syscall(libc::SYS_io_submit, self.aio, orders.len(), list.as_mut_ptr()) };
+        usize::try_from(taken).unwrap_or(0)
+    }
+
+    /// The results of what was taken; they are there already.
+    fn results<'a>(&self, done: &'a mut [Done]) -> &'a [Done] {
+        let mut count = 0;
+        while let rest @ [_, ..] = &mut done[count..] {
+            let (room, none) = (rest.len(), null_mut::<libc::timespec>());
+            // SAFETY: there is room for as many results as said; no time limit is given.
+            let got = unsafe {
+                libc::syscall(libc::SYS_io_getevents, self.aio, room, room, rest.as_mut_ptr(), none)
+            };
+            match usize::try_from(got) {
+                Ok(got @ 1..) => count += got,
+                Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+                // nobody else knows the context; whoever was not told reaches the limit of its write
+                _ => break,
+            }
+        }
+        &done[..count]
+    }
+}
+
+/// Writes without AIO; bytes written, or an error's negative number.
+fn write_alone(fd: RawFd, bytes: *const u8, len: usize) -> i64 {
+    // SAFETY: who posted the bytes keeps them until it is told the result.
+    let sent = unsafe { libc::send(fd, bytes.cast(), len, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    match sent {
+        0.. => sent as i64,
+        _ => -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        // SAFETY: the context is ours, and nothing in it is under way.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.aio) };
+    }
+}
+
+/// A write that is waited for.
+struct Posted<'a> {
+    outbox: &'a Outbox,
+    letter: Option<usize>,
+    /// What is written: it stays where it is until the letter is sent or withdrawn.
+    buffer: Buffer,
+}
+
+impl Posted<'_> {
+    fn poll(&mut self, fd: RawFd, waker: &Waker) -> Poll<i64> {
+        let Some(at) = self.letter else {
+            let bytes = self.buffer.filled();
+            let (bytes, len) = (bytes.as_ptr(), bytes.len());
+            self.letter = Some(self.outbox.post(Letter::Posted { fd, bytes, len, waker: waker.clone() }));
+            return Poll::Pending;
+        };
+        let result = match &mut self.outbox.letters.borrow_mut()[at] {
+            Letter::Sent(result) => *result,
+            Letter::Posted { waker: known, .. } => {
+                known.clone_from(waker);
+                return Poll::Pending;
+            }
+            Letter::Free | Letter::Withdrawn => {
+                unreachable!("a letter is its poster's until it is taken back")
+            }
+        };
+        self.letter = None;
+        self.outbox.put_away(at);
+        Poll::Ready(result)
+    }
+}
+
+impl Drop for Posted<'_> {
+    fn drop(&mut self) {
+        let Some(at) = self.letter else { return };
+        let letter = self.outbox.letters.borrow_mut()[at].replace(Letter::Withdrawn);
+        if !matches!(letter, Letter::Posted { .. }) {
+            self.outbox.put_away(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read, net::TcpStream, thread};
+
+    use super::*;
+    use crate::net::{Runtime, Settings, WriteHalf, accept_from, give_way, listen, pause};
+
+    /// Runs `test` over epoll with `count` connections: where is written, and where that is read.
+    fn with_connections<F: Future<Output = ()>>(
+        count: usize,
+        test: impl FnOnce(Vec<(WriteHalf, TcpStream)>) -> F,
+    ) {
+        let mut runtime = Runtime::build(Driver::Epoll).unwrap();
+        let off = Settings { tcp_keepalive_secs: 0, tcp_user_timeout_secs: 0 };
+        let listener = listen("127.0.0.1:0".parse().unwrap(), 1, &off).unwrap().remove(0);
+        let address = listener.local_addr().unwrap();
+        runtime.block_on(async {
+            let listener = accept_from(listener, Driver::Epoll).unwrap();
+            let mut connections = Vec::new();
+            for _ in 0..count {
+                let client = TcpStream::connect(address).unwrap();
+                connections.push((listener.accept().await.unwrap().1, client));
+            }
+            test(connections).await;
+        });
+    }
+
+    /// Runs every task of `tasks` to its end.
+    async fn run_all<F: Future<Output = ()> + 'static>(tasks: impl IntoIterator<Item = F>) {
+        let left = Rc::new(Cell::new(0));
+        for task in tasks {
+            left.set(left.get() + 1);
+            let left = left.clone();
+            spawn(async move {
+                task.await;
+                left.set(left.get() - 1);
+            });
+        }
+        while left.get() > 0 {
+            pause(1).await;
+        }
+    }
+
+    #[test]
+    fn what_is_written_in_one_turn_arrives_each_on_its_connection_in_order() {
+        const ROUNDS: usize = 5;
+        // more than are given to the kernel at a time
+        with_connections(BATCH + 7, async |connections| {
+            let outbox = current().expect("there is AIO where this is tested");
+            let most = Rc::new(Cell::new(0));
+            let (writers, mut readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
+            run_all(writers.into_iter().enumerate().map(|(n, mut writer)| {
+                let (outbox, most) = (outbox.clone(), most.clone());
+                async move {
+                    for round in 0..ROUNDS {
+                        let text = format!("{n:03}/{round};");
+                        let (result, buffer) = writer.write_all(Buffer::from_slice(text.as_bytes())).await;
+                        result.unwrap();
+                        assert_eq!(buffer.filled(), text.as_bytes());
+                        most.set(most.get().max(outbox.letters.borrow().len()));
+                        // the first turn tells that the next ones may be worth it
+                        give_way(false).await;
+                    }
+                }
+            }))
+            .await;
+            assert!(most.get() > BATCH, "they were not sent together");
+            for (n, reader) in readers.iter_mut().enumerate() {
+                let text: String = (0..ROUNDS).map(|round| format!("{n:03}/{round};")).collect();
+                let mut read = vec![0; text.len()];
+                reader.read_exact(&mut read).unwrap();
+                assert_eq!(String::from_utf8(read).unwrap(), text);
+            }
+            assert_eq!(outbox.free.borrow().len(), outbox.letters.borrow().len(), "a letter was lost");
+        });
+    }
+
+    #[test]
+    fn what_is_given_up_before_the_turn_ends_is_not_sent() {
+        with_connections(1, async |mut connections| {
+            let outbox = current().unwrap();
+            let (writer, mut reader) = connections.remove(0);
+            let fd = writer.fd();
+            outbox.before.set(2);
+            {
+                let mut lost = pin!(outbox.write(fd, Buffer::from_slice(b"never")));
+                let mut context = std::task::Context::from_waker(Waker::noop());
+                assert!(lost.as_mut().poll(&mut context).is_pending());
+            }
+            let mut sent = pin!(outbox.write(fd, Buffer::from_slice(b"sent")));
+            let (result, _) = sent.as_mut().await;
+            assert_eq!(result.unwrap(), 4);
+            let mut read = [0; 4];
+            reader.read_exact(&mut read).unwrap();
+            assert_eq!(&read, b"sent");
+            assert_eq!(outbox.free.borrow().len(), 2, "a letter was lost");
+        });
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_an_error_and_more_than_fits_waits_for_its_reader() {
+        const MANY: usize = 8 << 20;
+        with_connections(3, async |connections| {
+            let outbox = current().unwrap();
+            outbox.before.set(2);
+            let (writers, mut readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
+            let gone = readers.pop().unwrap();
+            socket2::SockRef::from(&gone).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+            drop(gone);
+            let reading: Vec<_> = readers
+                .into_iter()
+                .map(|mut reader| thread::spawn(move || reader.read_exact(&mut vec![0; MANY]).is_ok()))
+                .collect();
+            run_all(writers.into_iter().enumerate().map(|(n, mut writer)| async move {
+                let (result, buffer) = writer.write_all(Buffer::from_slice(&vec![b'x'; MANY])).await;
+                assert_eq!(result.is_ok(), n < 2, "{n}: {result:?}");
+                assert_eq!(buffer.len(), MANY);
+            }))
+            .await;
+            assert!(reading.into_iter().all(|reader| reader.join().unwrap()));
+        });
+    }
+
+    #[test]
+    fn those_who_always_write_let_timers_run() {
+        const MANY: u32 = 100_000;
+        with_connections(2, async |connections| {
+            let done = Rc::new(Cell::new(false));
+            let rounds = Rc::new(Cell::new(0));
+            let (writers, readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
+            for mut reader in readers {
+                thread::spawn(move || io::copy(&mut reader, &mut io::sink()));
+            }
+            let tell = done.clone();
+            spawn(async move {
+                pause(1).await;
+                tell.set(true);
+            });
+            run_all(writers.into_iter().map(|mut writer| {
+                let (done, rounds) = (done.clone(), rounds.clone());
+                async move {
+                    while !done.get() && rounds.get() < MANY {
+                        rounds.set(rounds.get() + 1);
+                        writer.write_all(Buffer::from_slice(b"x")).await.0.unwrap();
+                        give_way(false).await;
+                    }
+                }
+            }))
+            .await;
+            assert!(rounds.get() < MANY, "no timer was looked at");
+        });
+    }
+}
