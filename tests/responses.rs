@@ -159,14 +159,20 @@ variants! {
         assert_eq!(proxy.holder_of(&id), Some(second.url()), "who has it now is remembered");
         taken(workers(&keepers));
         proxy.post(PATH, json!({"previous_response_id":id}).to_string()).expect(200);
-        assert_eq!((taken([second]), taken(workers(&keepers))), (vec![format!("POST {PATH}")], vec![]));
+        assert_eq!(taken([second]), [format!("POST {PATH}")]);
+        // who was asked beside the second one may come to it after that has answered for both
+        let mut others = taken(workers(&keepers));
+        others.retain(|request| !request.starts_with("GET"));
+        assert_eq!(others, [""; 0]);
         // and again, where it is a request that finds out
         keepers.iter().for_each(|(_, store)| store.lock().unwrap().clear());
         let known = [first.addr(), second.addr()];
         let (third, store) = keepers.iter().find(|(worker, _)| !known.contains(&worker.addr())).unwrap();
         store.lock().unwrap().push(id.clone());
         proxy.post(PATH, json!({"previous_response_id":id}).to_string()).expect(200);
-        assert_eq!(taken([third]), [format!("GET {PATH}/{id}"), format!("POST {PATH}")]);
+        let mut asked = taken([third]);
+        asked.dedup();
+        assert_eq!(asked, [format!("GET {PATH}/{id}"), format!("POST {PATH}")]);
         assert_eq!(taken([second]), [format!("POST {PATH}"), format!("GET {PATH}/{id}")]);
         assert_eq!(proxy.holder_of(&id), Some(third.url()));
     }

@@ -2,7 +2,7 @@
 //!
 //! By its defaults glibc gives the end of a heap back as soon as 128 KiB of it are free, and maps every large block
 //! anew until one of its size was freed. With bodies of 1 MiB that was up to 60 page faults a request, a tenth of its CPU
-//! time. So what is free stays, as far as it is no more than [`SPARE_BYTES`].
+//! time. So what is free stays; of more than [`SPARE_BYTES`] the next looks get it back.
 //!
 //! glibc gives the kernel back what is free at the end of a shard's heap only. After thousands of bodies there stand a
 //! few small things behind them, so all of it stays: measured, 290 MiB after 4,000 bodies of 64 KiB, of which 1.5 were
@@ -70,7 +70,7 @@ pub(super) async fn run() {
 fn keep() {
     let settings = [(libc::M_TRIM_THRESHOLD, SPARE_BYTES as usize), (libc::M_MMAP_THRESHOLD, MAPPED_BYTES)];
     for (setting, bytes) in settings {
-        // SAFETY: it takes no pointer, and locks what it writes.
+        // SAFETY: it takes no pointer, and writes a number that every allocation may read at any time.
         unsafe { libc::mallopt(setting, bytes as libc::c_int) };
     }
 }

@@ -132,7 +132,7 @@ impl Fields {
     /// Whether the head is complete.
     ///
     /// # Errors
-    /// [`FieldError`], as soon as a complete line is illegal.
+    /// [`FieldError`], as soon as a complete line is illegal, or a byte of an unfinished one.
     pub(super) fn read(&mut self, lines: &mut Lines, input: &[u8], most: usize) -> Result<bool, FieldError> {
         loop {
             let Some(line) = lines.next(input)? else { return Ok(false) };

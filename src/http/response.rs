@@ -93,7 +93,7 @@ impl ResponseHead {
     /// [`RequestHead::parse`](super::RequestHead::parse).
     ///
     /// # Errors
-    /// [`ResponseError`], as soon as a complete line is illegal.
+    /// [`ResponseError`], as soon as a complete line is illegal, or a byte of an unfinished one.
     pub fn parse(&mut self, input: &[u8], to_head: bool) -> Result<Option<usize>, ResponseError> {
         if self.finished || input.len() < self.lines.scanned() {
             self.reset();

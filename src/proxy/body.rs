@@ -18,7 +18,8 @@ use crate::{
 /// Room behind a body, so that a longer model name can be spliced in without moving it.
 const TAILROOM: usize = 64;
 
-/// Room that is taken because a client says that it will send so much; more is taken as it comes.
+/// Room that is taken, and counted as held, because a client says that it will send so much; more is taken as it comes. A
+/// prompt of 1 MiB is a little longer as JSON, and need not move.
 const TRUSTED_BYTES: usize = 2 << 20;
 
 /// Bytes of a chunked body that are read at a time: what follows its end is copied.

@@ -31,7 +31,7 @@ const ARRIVALS_IN_A_ROW: usize = 64;
 /// Bytes for heads that a connection keeps between exchanges at most.
 const RETAINED_BYTES: usize = 16 * 1024;
 
-/// A request follows the one before if it comes within so many milliseconds; for so long its connection keeps the memory
+/// A request follows the one before if it comes within so many milliseconds, about; for so long its connection keeps the memory
 /// of an exchange (5 KB) for the next one. Who asks request after request is not given it anew with each, and of many
 /// who ask once and rest none leaves a hole in the heap.
 const BRIEFLY_MS: u64 = 200;
@@ -123,7 +123,7 @@ async fn converse(cx: &Context, inbox: &Inbox, writer: WriteHalf, watch: Rc<Watc
     let mut ended = None;
     while let Some(first) = client.rest(rests_ms).await {
         let follows = ended.is_some_and(|ended| cx.clock.now().saturating_sub(ended) <= BRIEFLY_MS);
-        match Box::pin(client.converse(first, follows)).await {
+        match Box::pin(client.serve(first, follows)).await {
             After::KeepAlive => {}
             After::Close => return,
             After::Linger => return Box::pin(client.linger()).await,
@@ -142,7 +142,7 @@ impl Client<'_> {
 
     /// Serves the request that begins with `first`, and if it `follows` another one also those that follow it. Its state
     /// is large beside that of a connection that rests.
-    async fn converse(&mut self, mut first: Buffer, follows: bool) -> After {
+    async fn serve(&mut self, mut first: Buffer, follows: bool) -> After {
         loop {
             let after = match self.read_head(first).await {
                 Ok(Some(rest)) => {

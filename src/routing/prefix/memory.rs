@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicI32, AtomicU64};
 /// A huge page, in bytes: of x86-64, and of arm64 with ordinary ones of 4 KiB.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// So many words, all 0. The kernel gives a page at its first write, so a table costs what is stored in it; a large one
-/// in huge pages. It is read all over, and with ordinary pages nearly every read is a search for its page first.
+/// So many words, all 0, in huge pages where it is large: it is read all over, and with ordinary pages nearly every read
+/// is a search for its page first. The kernel gives a page at its first write; since what is stored lies anywhere, a few
+/// hundred chunks are enough for all of 64 MiB.
 pub(super) fn words(count: usize) -> Box<[AtomicU64]> {
     let words = Box::<[AtomicU64]>::new_zeroed_slice(count);
     // SAFETY: an AtomicU64 has the representation of a u64, of which all zeros is a value.

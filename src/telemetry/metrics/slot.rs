@@ -228,7 +228,7 @@ labels! {
     }
 }
 
-/// One shard's counters. Only the shard writes; anybody may read. A slot lies on cache lines of its own.
+/// One shard's counters. Only the shard writes (its `stalls` the watchdog); anybody may read. A slot lies on cache lines of its own.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct ShardMetrics {

@@ -44,7 +44,8 @@ fn text(body: &[u8], mut at: usize, mut escaped: u32) -> Option<usize> {
     }
 }
 
-/// End of the object or array whose bracket is at `at`. Which kind a closing bracket has is left to the worker.
+/// End of the object or array whose bracket is at `at`. Which kind a closing bracket has is left to the worker, and so
+/// is a backslash outside of strings, which is no JSON.
 pub(super) fn container(body: &[u8], mut at: usize) -> Option<usize> {
     let (mut depth, mut escaped) = (0_u32, 0);
     // all bits if the block begins within a string
