@@ -6,16 +6,19 @@
 //! where they may not use io_uring. On a socket that does not block it writes what a plain write would, before
 //! it returns.
 //!
-//! Without it (`fs.aio-max-nr` used up, a kernel without AIO) there is no outbox and every write is a call of its own; so
-//! is it as long as there is no more than one in a turn.
+//! Without it (`fs.aio-max-nr` used up, a kernel without AIO or one whose AIO refuses sockets, as gVisor's) there is no
+//! outbox and every write is a call of its own; so is it as long as there is no more than one in a turn.
 
 #![expect(unsafe_code, reason = "AIO is system calls that libc has no functions for")]
 
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
-    io,
-    os::fd::RawFd,
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     pin::pin,
     ptr::null_mut,
     rc::Rc,
@@ -50,6 +53,14 @@ struct Order {
     eventfd: u32,
 }
 
+impl Order {
+    /// A write whose result comes back with `data`.
+    fn write(data: u64, fd: RawFd, bytes: *const u8, len: usize) -> Self {
+        let (fd, bytes, len) = (fd.cast_unsigned(), bytes as u64, len as u64);
+        Self { data, opcode: WRITE, fd, bytes, len, ..Self::default() }
+    }
+}
+
 /// `IOCB_CMD_PWRITE`; of a socket there is no offset.
 const WRITE: u16 = 1;
 
@@ -63,6 +74,9 @@ struct Done {
     result: i64,
     second: i64,
 }
+
+/// Of a write whose result the kernel did not tell.
+const NO_RESULT: i64 = -(libc::EIO as i64);
 
 /// One write.
 #[derive(Debug)]
@@ -158,6 +172,7 @@ impl Outbox {
             sleepers: RefCell::default(),
             ringer,
         });
+        outbox.try_out()?;
         let weak = Rc::downgrade(&outbox);
         spawn(async move {
             let wake = || {
@@ -170,6 +185,25 @@ impl Outbox {
             }
         });
         Ok(outbox)
+    }
+
+    /// Sees that what is given to the kernel arrives: there are some that take what is for a socket and refuse it then.
+    fn try_out(&self) -> io::Result<()> {
+        const BYTE: [u8; 1] = [1];
+        let (outer, mut inner) = UnixStream::pair()?;
+        outer.set_nonblocking(true)?;
+        inner.set_nonblocking(true)?;
+        if self.submit(&mut [Order::write(0, outer.as_raw_fd(), BYTE.as_ptr(), BYTE.len())]) == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut results = [Done::default()];
+        let result = self.results(&mut results).first().map_or(NO_RESULT, |done| done.result);
+        let mut read = [0];
+        if written(result)? == BYTE.len() && inner.read(&mut read)? == BYTE.len() && read == BYTE {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
     }
 
     /// Writes what the kernel takes of `buffer`, at the end of this turn if there are other writes in it; `WouldBlock` if
@@ -192,8 +226,7 @@ impl Outbox {
             let result = poll_fn(|context| posted.poll(fd, context.waker())).await;
             (result, std::mem::replace(&mut posted.buffer, Buffer::new(0, 0)))
         };
-        let error = |_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
-        (usize::try_from(result).map_err(error), buffer)
+        (written(result), buffer)
     }
 
     /// Ends a turn: sends what was posted in it, and sees that those are woken who wait for that.
@@ -228,35 +261,46 @@ impl Outbox {
         let mut count = 0;
         for &letter in batch {
             if let Letter::Posted { fd, bytes, len, .. } = self.letters.borrow()[letter] {
-                let (data, fd) = (letter as u64, fd.cast_unsigned());
-                let (bytes, len) = (bytes as u64, len as u64);
-                orders[count] = Order { data, opcode: WRITE, fd, bytes, len, ..Order::default() };
+                orders[count] = Order::write(letter as u64, fd, bytes, len);
                 count += 1;
             } else {
                 self.put_away(letter);
             }
         }
-        let told = |letter: u64, result: i64| {
-            let letter = self.letters.borrow_mut()[letter as usize].replace(Letter::Sent(result));
-            if let Letter::Posted { waker, .. } = letter {
-                wake(waker);
-            }
-        };
+        self.give(&mut orders[..count], wake);
+    }
+
+    /// Gives the kernel all of `orders`, and those who wait for them what came of it.
+    fn give(&self, orders: &mut [Order], wake: impl Fn(Waker)) {
         let mut at = 0;
-        while at < count {
-            let rest = &mut orders[at..count];
+        while let Some(&first) = orders.get(at) {
+            let rest = &mut orders[at..];
             // alone it is cheaper without AIO, which also tells why one is refused
             let taken = if rest.len() == 1 { 0 } else { self.submit(rest) };
             if taken == 0 {
-                let Order { data, fd, bytes, len, .. } = rest[0];
-                told(data, write_alone(fd.cast_signed(), bytes as *const u8, len as usize));
+                let result =
+                    write_alone(first.fd.cast_signed(), first.bytes as *const u8, first.len as usize);
+                self.tell(first.data, result, &wake);
             } else {
                 let mut results = [Done::default(); BATCH];
                 for done in self.results(&mut results[..taken]) {
-                    told(done.data, done.result);
+                    self.tell(done.data, done.result, &wake);
                 }
             }
             at += taken.max(1);
+        }
+    }
+
+    /// Tells who posted `letter` what came of it, once. What AIO refused is written without it.
+    fn tell(&self, letter: u64, result: i64, wake: impl Fn(Waker)) {
+        let mut letters = self.letters.borrow_mut();
+        let letter = &mut letters[letter as usize];
+        let Letter::Posted { fd, bytes, len, .. } = *letter else { return };
+        let result = if is_refusal(result) { write_alone(fd, bytes, len) } else { result };
+        let told = letter.replace(Letter::Sent(result));
+        drop(letters);
+        if let Letter::Posted { waker, .. } = told {
+            wake(waker);
         }
     }
 
@@ -307,6 +351,19 @@ impl Outbox {
         }
         &done[..count]
     }
+}
+
+/// What became of a write, of its result.
+fn written(result: i64) -> io::Result<usize> {
+    let error = |_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
+    usize::try_from(result).map_err(error)
+}
+
+/// Whether a result says that AIO does not write to such a thing: nothing was written then.
+fn is_refusal(result: i64) -> bool {
+    [libc::ESPIPE, libc::EINVAL, libc::EOPNOTSUPP, libc::ENOSYS]
+        .iter()
+        .any(|&error| result == -i64::from(error))
 }
 
 /// Writes without AIO; bytes written, or an error's negative number.

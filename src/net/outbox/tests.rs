@@ -1,4 +1,4 @@
-use std::{io::Read, net::TcpStream, thread};
+use std::{net::TcpStream, thread};
 
 use super::*;
 use crate::net::{Runtime, Settings, WriteHalf, accept_from, give_way, listen, pause};
@@ -146,5 +146,83 @@ fn those_who_always_write_let_timers_run() {
         }))
         .await;
         assert!(rounds.get() < MANY, "no timer was looked at");
+    });
+}
+
+/// Makes the kernel refuse `call` with `ENOSYS` on this thread from now on.
+fn refuse(call: libc::c_long) {
+    const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    let step = |code: u32, k: u32, jf: u8| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut filter = [
+        // the number of the system call: the first field of seccomp_data
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(EQUAL, u32::try_from(call).unwrap(), 1),
+        step(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(), 0),
+        step(RETURN, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: takes no pointers.
+    let no_new = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    assert_eq!(no_new, 0);
+    // SAFETY: the program is of the length said and is copied by the kernel.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    assert_eq!(set, 0, "{}", io::Error::last_os_error());
+}
+
+#[test]
+fn where_aio_does_not_write_to_sockets_there_is_no_outbox() {
+    for call in [libc::SYS_io_setup, libc::SYS_io_submit, libc::SYS_io_getevents] {
+        let refused = thread::spawn(move || {
+            refuse(call);
+            with_connections(1, async |mut connections| {
+                assert!(current().is_none(), "{call}");
+                let (mut writer, mut reader) = connections.remove(0);
+                writer.write_all(Buffer::from_slice(b"sent")).await.0.unwrap();
+                let mut read = [0; 4];
+                reader.read_exact(&mut read).unwrap();
+                assert_eq!(&read, b"sent");
+            });
+        });
+        refused.join().unwrap();
+    }
+}
+
+/// Posts `texts`, each to its own socket: what is to be sent, and where that arrives.
+fn posted(outbox: &Outbox, texts: &[&'static str]) -> (Vec<Order>, Vec<[UnixStream; 2]>) {
+    let post = |text: &&'static str| {
+        let pair: [UnixStream; 2] = UnixStream::pair().unwrap().into();
+        let (fd, bytes, len) = (pair[0].as_raw_fd(), text.as_ptr(), text.len());
+        let at = outbox.post(Letter::Posted { fd, bytes, len, waker: Waker::noop().clone() });
+        (Order::write(at as u64, fd, bytes, len), pair)
+    };
+    let posted = texts.iter().map(post).unzip();
+    outbox.posted.borrow_mut().clear();
+    posted
+}
+
+/// What was told to who posted the first letters.
+fn told(outbox: &Outbox) -> Vec<i64> {
+    let told =
+        |letter: &Letter| if let Letter::Sent(result) = letter { *result } else { panic!("{letter:?}") };
+    outbox.letters.borrow().iter().map(told).collect()
+}
+
+#[test]
+fn what_aio_refuses_once_it_has_taken_it_is_written_without_it() {
+    with_connections(0, async |_| {
+        let outbox = current().unwrap();
+        let (mut orders, pairs) = posted(&outbox, &["one", "second", "third"]);
+        // a socket has no offset: ESPIPE
+        orders[1].offset = 1;
+        assert_eq!(outbox.submit(&mut orders[1..2]), 1, "it is not refused at once");
+        assert_eq!(outbox.results(&mut [Done::default()])[0].result, -i64::from(libc::ESPIPE));
+        outbox.give(&mut orders, |_| ());
+        assert_eq!(told(&outbox), [3, 6, 5]);
+        for ([_, mut inner], text) in pairs.into_iter().zip(["one", "second", "third"]) {
+            let mut read = vec![0; text.len()];
+            inner.read_exact(&mut read).unwrap();
+            assert_eq!(read, text.as_bytes());
+        }
     });
 }
