@@ -102,6 +102,8 @@ impl Letter {
 pub(super) struct Outbox {
     /// The kernel's name for what is given to it.
     aio: libc::c_ulong,
+    /// Whether AIO has failed and is done with: nothing is given to it any more, nor posted.
+    broken: Cell<bool>,
     /// As many as there ever were writes at a time: one per connection at most.
     letters: RefCell<Vec<Letter>>,
     /// Of the letters, those whose place is free.
@@ -162,6 +164,7 @@ impl Outbox {
         }
         let outbox = Rc::new(Self {
             aio,
+            broken: Cell::new(false),
             letters: RefCell::default(),
             free: RefCell::default(),
             posted: RefCell::default(),
@@ -189,7 +192,7 @@ impl Outbox {
 
     /// Sees that what is given to the kernel arrives: there are some that take what is for a socket and refuse it then.
     fn try_out(&self) -> io::Result<()> {
-        const BYTE: [u8; 1] = [1];
+        static BYTE: [u8; 1] = [1];
         let (outer, mut inner) = UnixStream::pair()?;
         outer.set_nonblocking(true)?;
         inner.set_nonblocking(true)?;
@@ -218,7 +221,7 @@ impl Outbox {
             flusher.wake_by_ref();
         }
         self.writes.set(self.writes.get() + 1);
-        let (result, buffer) = if self.before.get() <= 1 {
+        let (result, buffer) = if self.before.get() <= 1 || self.broken.get() {
             let bytes = buffer.filled();
             (write_alone(fd, bytes.as_ptr(), bytes.len()), buffer)
         } else {
@@ -286,6 +289,10 @@ impl Outbox {
                 for done in self.results(&mut results[..taken]) {
                     self.tell(done.data, done.result, &wake);
                 }
+                if self.broken.get() {
+                    // of those who were told nothing yet
+                    orders[at..at + taken].iter().for_each(|order| self.tell(order.data, NO_RESULT, &wake));
+                }
             }
             at += taken.max(1);
         }
@@ -323,17 +330,22 @@ impl Outbox {
 
     /// Gives `orders` to the kernel; how many it took, from the front.
     fn submit(&self, orders: &mut [Order]) -> usize {
+        if self.broken.get() {
+            return 0;
+        }
         let mut list = [null_mut::<Order>(); BATCH];
         for (entry, order) in list.iter_mut().zip(&mut *orders) {
             *entry = order;
         }
         // SAFETY: the list has as many entries as said, each points to an order, and the bytes of each order are kept by
-        // who posted it: it withdraws the letter before it lets them go. All is done when the call returns.
+        // who posted it until it is told the result, or it withdraws the letter before. Who is told has a result of the
+        // kernel's, which is then done with the bytes, or the context is gone (`end`).
         let taken = unsafe { libc::syscall(libc::SYS_io_submit, self.aio, orders.len(), list.as_mut_ptr()) };
         usize::try_from(taken).unwrap_or(0)
     }
 
-    /// The results of what was taken; they are there already.
+    /// The results of what was taken; they are there already. Fewer only if AIO fails with them, which ends it: results
+    /// that nobody has read would be taken for those of later writes.
     fn results<'a>(&self, done: &'a mut [Done]) -> &'a [Done] {
         let mut count = 0;
         while let rest @ [_, ..] = &mut done[count..] {
@@ -345,11 +357,23 @@ impl Outbox {
             match usize::try_from(got) {
                 Ok(got @ 1..) => count += got,
                 Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                // nobody else knows the context; whoever was not told reaches the limit of its write
-                _ => break,
+                _ => {
+                    let error = io::Error::last_os_error();
+                    tracing::error!(%error, "AIO is broken: every write is a call of its own from now on");
+                    self.end();
+                    break;
+                }
             }
         }
         &done[..count]
+    }
+
+    /// Has no AIO from now on.
+    fn end(&self) {
+        if !self.broken.replace(true) {
+            // SAFETY: the context is ours, and not used again. The call waits for what is under way in it.
+            unsafe { libc::syscall(libc::SYS_io_destroy, self.aio) };
+        }
     }
 }
 
@@ -378,8 +402,7 @@ fn write_alone(fd: RawFd, bytes: *const u8, len: usize) -> i64 {
 
 impl Drop for Outbox {
     fn drop(&mut self) {
-        // SAFETY: the context is ours, and nothing in it is under way.
-        unsafe { libc::syscall(libc::SYS_io_destroy, self.aio) };
+        self.end();
     }
 }
 

@@ -226,3 +226,43 @@ fn what_aio_refuses_once_it_has_taken_it_is_written_without_it() {
         }
     });
 }
+
+#[test]
+fn who_is_not_told_a_result_fails_and_aio_is_not_used_again() {
+    let broken = thread::spawn(|| {
+        with_connections(2, async |connections| {
+            let outbox = current().unwrap();
+            let (mut orders, _pairs) = posted(&outbox, &["one", "second", "third"]);
+            refuse(libc::SYS_io_getevents);
+            outbox.give(&mut orders, |_| ());
+            assert_eq!(told(&outbox), [NO_RESULT; 3]);
+            assert_eq!(outbox.submit(&mut orders), 0);
+            outbox.before.set(2);
+            run_all(connections.into_iter().map(|(mut writer, mut reader)| async move {
+                writer.write_all(Buffer::from_slice(b"sent")).await.0.unwrap();
+                let mut read = [0; 4];
+                reader.read_exact(&mut read).unwrap();
+                assert_eq!(&read, b"sent");
+            }))
+            .await;
+            assert_eq!(outbox.letters.borrow().len(), 3, "a letter was posted");
+        });
+    });
+    broken.join().unwrap();
+}
+
+#[test]
+fn those_who_wait_when_aio_breaks_are_written_to_and_told() {
+    with_connections(0, async |_| {
+        let outbox = current().unwrap();
+        let (mut orders, mut pairs) = posted(&outbox, &["one", "second"]);
+        outbox.end();
+        let woken = Cell::new(0);
+        outbox.give(&mut orders, |_| woken.set(woken.get() + 1));
+        assert_eq!(told(&outbox), [3, 6]);
+        assert_eq!(woken.get(), 2);
+        let mut read = [0; 6];
+        pairs[1][1].read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"second");
+    });
+}
