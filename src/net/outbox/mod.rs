@@ -4,7 +4,8 @@
 //! the kernel likes to let it run at once, so that a shard with much to write is interrupted once per write. A ring
 //! takes all writes of a turn in one call; here that is `io_submit` of Linux' older AIO, which containers may use
 //! where they may not use io_uring. On a socket that does not block it writes what a plain write would, before
-//! it returns.
+//! it returns. It knows no `MSG_NOSIGNAL`: that a peer is gone is an error and does not end the process only where SIGPIPE
+//! is ignored, which Rust's start-up sees to.
 //!
 //! Without it (`fs.aio-max-nr` used up, a kernel without AIO or one whose AIO refuses sockets, as gVisor's) there is no
 //! outbox and every write is a call of its own; so is it as long as there is no more than one in a turn.
@@ -30,9 +31,10 @@ use crate::net::{Buffer, Driver, Ringer, bell, spawn};
 /// Writes that are given to the kernel in one call at most.
 const BATCH: usize = 64;
 
-/// Turns in a row whose writers are woken at once. monoio looks at its timers only when no task can go on, which with
-/// many writers may never be: those of the next turn are woken by the driver.
-const TURNS_IN_A_ROW: u32 = 16;
+/// Turns with something to send whose writers are woken at once. monoio looks at its timers only when no task can go on,
+/// which with many writers may never be: those of the next such turn are woken by the driver. Whether the shard has
+/// slept in between is not known here, and not worth asking.
+const TURNS_AT_ONCE: u32 = 16;
 
 /// `struct iocb` (linux/aio_abi.h).
 #[repr(C)]
@@ -102,7 +104,7 @@ impl Letter {
 pub(super) struct Outbox {
     /// The kernel's name for what is given to it.
     aio: libc::c_ulong,
-    /// Whether AIO has failed and is done with: nothing is given to it any more, nor posted.
+    /// Whether AIO or the bell has failed: nothing is given to AIO any more, nor posted, and nobody sleeps.
     broken: Cell<bool>,
     /// As many as there ever were writes at a time: one per connection at most.
     letters: RefCell<Vec<Letter>>,
@@ -115,7 +117,7 @@ pub(super) struct Outbox {
     before: Cell<u32>,
     /// Wakes who calls [`Outbox::flush`].
     flusher: RefCell<Option<Waker>>,
-    /// Turns in a row whose writers were woken at once.
+    /// Turns whose writers were woken at once, since the driver woke those of one.
     turns: Cell<u32>,
     /// Writers that are woken by the driver, and what makes it do so.
     sleepers: RefCell<Vec<Waker>>,
@@ -138,7 +140,9 @@ pub(super) fn current() -> Option<Rc<Outbox>> {
 /// # Cancellation
 /// As `main`.
 pub(super) async fn emptied<T>(main: impl Future<Output = T>) -> T {
-    let outbox = Outbox::begin().ok();
+    let outbox = Outbox::begin()
+        .inspect_err(|error| tracing::debug!(%error, "there is no AIO: every write is a call of its own"))
+        .ok();
     OUTBOX.set(outbox.clone());
     let mut main = pin!(main);
     let ended = poll_fn(|context| {
@@ -150,6 +154,9 @@ pub(super) async fn emptied<T>(main: impl Future<Output = T>) -> T {
     })
     .await;
     OUTBOX.set(None);
+    if let Some(outbox) = outbox {
+        outbox.close();
+    }
     ended
 }
 
@@ -180,11 +187,15 @@ impl Outbox {
         spawn(async move {
             let wake = || {
                 if let Some(outbox) = weak.upgrade() {
-                    outbox.sleepers.borrow_mut().drain(..).for_each(Waker::wake);
+                    outbox.wake_sleepers();
                 }
             };
-            if let Err(error) = bell.listen(Driver::Epoll, wake).await {
-                tracing::error!(%error, "the bell of an outbox is broken");
+            if let Err(error) = bell.listen(Driver::Epoll, wake).await
+                && let Some(outbox) = weak.upgrade()
+            {
+                tracing::error!(%error, "the bell of an outbox is broken: every write is a call of its own from now on");
+                outbox.end();
+                outbox.wake_sleepers();
             }
         });
         Ok(outbox)
@@ -213,7 +224,7 @@ impl Outbox {
     /// it takes nothing. The socket must be one that does not block.
     ///
     /// # Cancellation
-    /// Nothing is written.
+    /// Before the turn ends nothing is written; once it has ended some bytes may have been.
     pub(super) async fn write(&self, fd: RawFd, buffer: Buffer) -> (io::Result<usize>, Buffer) {
         if self.writes.get() == 0
             && let Some(flusher) = &*self.flusher.borrow()
@@ -245,7 +256,7 @@ impl Outbox {
             return;
         }
         let turns = self.turns.get() + 1;
-        let later = turns > TURNS_IN_A_ROW;
+        let later = turns > TURNS_AT_ONCE && !self.broken.get();
         self.turns.set(if later { 0 } else { turns });
         for batch in posted.chunks(BATCH) {
             self.send(
@@ -257,6 +268,10 @@ impl Outbox {
         if later {
             self.ringer.ring();
         }
+    }
+
+    fn wake_sleepers(&self) {
+        self.sleepers.borrow_mut().drain(..).for_each(Waker::wake);
     }
 
     fn send(&self, batch: &[usize], wake: impl Fn(Waker)) {
@@ -308,6 +323,23 @@ impl Outbox {
         drop(letters);
         if let Letter::Posted { waker, .. } = told {
             wake(waker);
+        }
+    }
+
+    /// Lets go of those who wait: what they are woken by keeps them, and they keep the outbox. One that is dropped with
+    /// that may take its letter back, so nothing is borrowed then.
+    fn close(&self) {
+        self.posted.borrow_mut().clear();
+        let sleepers = self.sleepers.take();
+        drop(sleepers);
+        let count = self.letters.borrow().len();
+        for at in 0..count {
+            let mut letters = self.letters.borrow_mut();
+            if matches!(letters[at], Letter::Posted { .. }) {
+                let letter = letters[at].replace(Letter::Sent(NO_RESULT));
+                drop(letters);
+                drop(letter);
+            }
         }
     }
 

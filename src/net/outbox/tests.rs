@@ -237,12 +237,15 @@ fn who_is_not_told_a_result_fails_and_aio_is_not_used_again() {
             outbox.give(&mut orders, |_| ());
             assert_eq!(told(&outbox), [NO_RESULT; 3]);
             assert_eq!(outbox.submit(&mut orders), 0);
-            outbox.before.set(2);
-            run_all(connections.into_iter().map(|(mut writer, mut reader)| async move {
-                writer.write_all(Buffer::from_slice(b"sent")).await.0.unwrap();
-                let mut read = [0; 4];
-                reader.read_exact(&mut read).unwrap();
-                assert_eq!(&read, b"sent");
+            run_all(connections.into_iter().map(|(mut writer, mut reader)| {
+                let outbox = outbox.clone();
+                async move {
+                    outbox.before.set(2);
+                    writer.write_all(Buffer::from_slice(b"sent")).await.0.unwrap();
+                    let mut read = [0; 4];
+                    reader.read_exact(&mut read).unwrap();
+                    assert_eq!(&read, b"sent");
+                }
             }))
             .await;
             assert_eq!(outbox.letters.borrow().len(), 3, "a letter was posted");
@@ -265,4 +268,74 @@ fn those_who_wait_when_aio_breaks_are_written_to_and_told() {
         pairs[1][1].read_exact(&mut read).unwrap();
         assert_eq!(&read, b"second");
     });
+}
+
+#[test]
+fn without_a_bell_nobody_sleeps() {
+    let deaf = thread::spawn(|| {
+        with_connections(2, async |mut connections| {
+            let outbox = current().unwrap();
+            // the bell is listened to before its calls fail
+            give_way(false).await;
+            refuse(libc::SYS_recvfrom);
+            for round in 0..2 {
+                outbox.turns.set(TURNS_AT_ONCE);
+                let (back, written) = (Rc::new(RefCell::new(Vec::new())), b"sent");
+                run_all(connections.drain(..).map(|(mut writer, reader)| {
+                    let (back, outbox) = (back.clone(), outbox.clone());
+                    async move {
+                        outbox.before.set(2);
+                        writer.write_all(Buffer::from_slice(written)).await.0.unwrap();
+                        back.borrow_mut().push((writer, reader));
+                    }
+                }))
+                .await;
+                connections.append(&mut back.borrow_mut());
+                assert_eq!(connections.len(), 2);
+                assert!(outbox.broken.get(), "round {round}");
+                assert!(outbox.sleepers.borrow().is_empty(), "round {round}");
+            }
+            for (_writer, reader) in connections {
+                // with read, where a socket uses recv
+                let mut reader = std::fs::File::from(std::os::fd::OwnedFd::from(reader));
+                let mut read = [0; 8];
+                reader.read_exact(&mut read).unwrap();
+                assert_eq!(&read, b"sentsent");
+            }
+        });
+    });
+    deaf.join().unwrap();
+}
+
+#[test]
+fn a_shard_that_ends_lets_go_of_those_who_still_write() {
+    let mut ends = Vec::new();
+    for sleeping in [false, true] {
+        with_connections(2, async |connections| {
+            let outbox = current().unwrap();
+            ends.push(Rc::downgrade(&outbox));
+            // a turn of its own, after which it is known who flushes
+            give_way(false).await;
+            if sleeping {
+                outbox.turns.set(TURNS_AT_ONCE);
+            }
+            for (mut writer, reader) in connections {
+                let outbox = Rc::downgrade(&outbox);
+                spawn(async move {
+                    outbox.upgrade().unwrap().before.set(2);
+                    writer.write_all(Buffer::from_slice(b"sent")).await.0.unwrap();
+                    drop(reader);
+                });
+            }
+            let posted = || outbox.posted.borrow().len() == 2;
+            poll_fn(|_| if posted() { Poll::Ready(()) } else { Poll::Pending }).await;
+            // what follows is the end of the turn, which puts them to sleep
+            if !sleeping {
+                outbox.close();
+            }
+        });
+    }
+    for (case, end) in ends.iter().enumerate() {
+        assert!(end.upgrade().is_none(), "case {case}: a writer is still there");
+    }
 }
