@@ -37,7 +37,8 @@
 //!   dies. A panic within a connection costs that connection only ([`net::contain`]).
 //!
 //! The driver under the sockets, io_uring or epoll, is chosen once for the whole process and before anything
-//! is bound ([`net::Driver`]).
+//! is bound ([`net::Driver`]); over epoll a shard gives what it writes in one turn to the kernel together
+//! (`net/outbox/mod.rs`).
 //!
 //! # The way of a request
 //!

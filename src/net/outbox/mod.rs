@@ -4,18 +4,22 @@
 //! the kernel likes to let it run at once, so that a shard with much to write is interrupted once per write. A ring
 //! takes all writes of a turn in one call; here that is `io_submit` of Linux' older AIO, which containers may use
 //! where they may not use io_uring. On a socket that does not block it writes what a plain write would, before
-//! it returns.
+//! it returns. It knows no `MSG_NOSIGNAL`: that a peer is gone is an error and does not end the process only where SIGPIPE
+//! is ignored, which Rust's start-up sees to.
 //!
-//! Without it (`fs.aio-max-nr` used up, a kernel without AIO) there is no outbox and every write is a call of its own; so
-//! is it as long as there is no more than one in a turn.
+//! Without it (`fs.aio-max-nr` used up, a kernel without AIO or one whose AIO refuses sockets, as gVisor's) there is no
+//! outbox and every write is a call of its own; so is it as long as there is no more than one in a turn.
 
 #![expect(unsafe_code, reason = "AIO is system calls that libc has no functions for")]
 
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
-    io,
-    os::fd::RawFd,
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     pin::pin,
     ptr::null_mut,
     rc::Rc,
@@ -27,9 +31,10 @@ use crate::net::{Buffer, Driver, Ringer, bell, spawn};
 /// Writes that are given to the kernel in one call at most.
 const BATCH: usize = 64;
 
-/// Turns in a row whose writers are woken at once. monoio looks at its timers only when no task can go on, which with
-/// many writers may never be: those of the next turn are woken by the driver.
-const TURNS_IN_A_ROW: u32 = 16;
+/// Turns with something to send whose writers are woken at once. monoio looks at its timers only when no task can go on,
+/// which with many writers may never be: those of the next such turn are woken by the driver. Whether the shard has
+/// slept in between is not known here, and not worth asking.
+const TURNS_AT_ONCE: u32 = 16;
 
 /// `struct iocb` (linux/aio_abi.h).
 #[repr(C)]
@@ -50,6 +55,14 @@ struct Order {
     eventfd: u32,
 }
 
+impl Order {
+    /// A write whose result comes back with `data`.
+    fn write(data: u64, fd: RawFd, bytes: *const u8, len: usize) -> Self {
+        let (fd, bytes, len) = (fd.cast_unsigned(), bytes as u64, len as u64);
+        Self { data, opcode: WRITE, fd, bytes, len, ..Self::default() }
+    }
+}
+
 /// `IOCB_CMD_PWRITE`; of a socket there is no offset.
 const WRITE: u16 = 1;
 
@@ -63,6 +76,9 @@ struct Done {
     result: i64,
     second: i64,
 }
+
+/// Of a write whose result the kernel did not tell.
+const NO_RESULT: i64 = -(libc::EIO as i64);
 
 /// One write.
 #[derive(Debug)]
@@ -88,6 +104,8 @@ impl Letter {
 pub(super) struct Outbox {
     /// The kernel's name for what is given to it.
     aio: libc::c_ulong,
+    /// Whether AIO or the bell has failed: nothing is given to AIO any more, nor posted, and nobody sleeps.
+    broken: Cell<bool>,
     /// As many as there ever were writes at a time: one per connection at most.
     letters: RefCell<Vec<Letter>>,
     /// Of the letters, those whose place is free.
@@ -99,7 +117,7 @@ pub(super) struct Outbox {
     before: Cell<u32>,
     /// Wakes who calls [`Outbox::flush`].
     flusher: RefCell<Option<Waker>>,
-    /// Turns in a row whose writers were woken at once.
+    /// Turns whose writers were woken at once, since the driver woke those of one.
     turns: Cell<u32>,
     /// Writers that are woken by the driver, and what makes it do so.
     sleepers: RefCell<Vec<Waker>>,
@@ -122,7 +140,9 @@ pub(super) fn current() -> Option<Rc<Outbox>> {
 /// # Cancellation
 /// As `main`.
 pub(super) async fn emptied<T>(main: impl Future<Output = T>) -> T {
-    let outbox = Outbox::begin().ok();
+    let outbox = Outbox::begin()
+        .inspect_err(|error| tracing::debug!(%error, "there is no AIO: every write is a call of its own"))
+        .ok();
     OUTBOX.set(outbox.clone());
     let mut main = pin!(main);
     let ended = poll_fn(|context| {
@@ -134,6 +154,9 @@ pub(super) async fn emptied<T>(main: impl Future<Output = T>) -> T {
     })
     .await;
     OUTBOX.set(None);
+    if let Some(outbox) = outbox {
+        outbox.close();
+    }
     ended
 }
 
@@ -148,6 +171,7 @@ impl Outbox {
         }
         let outbox = Rc::new(Self {
             aio,
+            broken: Cell::new(false),
             letters: RefCell::default(),
             free: RefCell::default(),
             posted: RefCell::default(),
@@ -158,25 +182,49 @@ impl Outbox {
             sleepers: RefCell::default(),
             ringer,
         });
+        outbox.try_out()?;
         let weak = Rc::downgrade(&outbox);
         spawn(async move {
             let wake = || {
                 if let Some(outbox) = weak.upgrade() {
-                    outbox.sleepers.borrow_mut().drain(..).for_each(Waker::wake);
+                    outbox.wake_sleepers();
                 }
             };
-            if let Err(error) = bell.listen(Driver::Epoll, wake).await {
-                tracing::error!(%error, "the bell of an outbox is broken");
+            if let Err(error) = bell.listen(Driver::Epoll, wake).await
+                && let Some(outbox) = weak.upgrade()
+            {
+                tracing::error!(%error, "the bell of an outbox is broken: every write is a call of its own from now on");
+                outbox.end();
+                outbox.wake_sleepers();
             }
         });
         Ok(outbox)
+    }
+
+    /// Sees that what is given to the kernel arrives: there are some that take what is for a socket and refuse it then.
+    fn try_out(&self) -> io::Result<()> {
+        static BYTE: [u8; 1] = [1];
+        let (outer, mut inner) = UnixStream::pair()?;
+        outer.set_nonblocking(true)?;
+        inner.set_nonblocking(true)?;
+        if self.submit(&mut [Order::write(0, outer.as_raw_fd(), BYTE.as_ptr(), BYTE.len())]) == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut results = [Done::default()];
+        let result = self.results(&mut results).first().map_or(NO_RESULT, |done| done.result);
+        let mut read = [0];
+        if written(result)? == BYTE.len() && inner.read(&mut read)? == BYTE.len() && read == BYTE {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
     }
 
     /// Writes what the kernel takes of `buffer`, at the end of this turn if there are other writes in it; `WouldBlock` if
     /// it takes nothing. The socket must be one that does not block.
     ///
     /// # Cancellation
-    /// Nothing is written.
+    /// Before the turn ends nothing is written; once it has ended some bytes may have been.
     pub(super) async fn write(&self, fd: RawFd, buffer: Buffer) -> (io::Result<usize>, Buffer) {
         if self.writes.get() == 0
             && let Some(flusher) = &*self.flusher.borrow()
@@ -184,7 +232,7 @@ impl Outbox {
             flusher.wake_by_ref();
         }
         self.writes.set(self.writes.get() + 1);
-        let (result, buffer) = if self.before.get() <= 1 {
+        let (result, buffer) = if self.before.get() <= 1 || self.broken.get() {
             let bytes = buffer.filled();
             (write_alone(fd, bytes.as_ptr(), bytes.len()), buffer)
         } else {
@@ -192,8 +240,7 @@ impl Outbox {
             let result = poll_fn(|context| posted.poll(fd, context.waker())).await;
             (result, std::mem::replace(&mut posted.buffer, Buffer::new(0, 0)))
         };
-        let error = |_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
-        (usize::try_from(result).map_err(error), buffer)
+        (written(result), buffer)
     }
 
     /// Ends a turn: sends what was posted in it, and sees that those are woken who wait for that.
@@ -209,7 +256,7 @@ impl Outbox {
             return;
         }
         let turns = self.turns.get() + 1;
-        let later = turns > TURNS_IN_A_ROW;
+        let later = turns > TURNS_AT_ONCE && !self.broken.get();
         self.turns.set(if later { 0 } else { turns });
         for batch in posted.chunks(BATCH) {
             self.send(
@@ -223,40 +270,76 @@ impl Outbox {
         }
     }
 
+    fn wake_sleepers(&self) {
+        self.sleepers.borrow_mut().drain(..).for_each(Waker::wake);
+    }
+
     fn send(&self, batch: &[usize], wake: impl Fn(Waker)) {
         let mut orders = [Order::default(); BATCH];
         let mut count = 0;
         for &letter in batch {
             if let Letter::Posted { fd, bytes, len, .. } = self.letters.borrow()[letter] {
-                let (data, fd) = (letter as u64, fd.cast_unsigned());
-                let (bytes, len) = (bytes as u64, len as u64);
-                orders[count] = Order { data, opcode: WRITE, fd, bytes, len, ..Order::default() };
+                orders[count] = Order::write(letter as u64, fd, bytes, len);
                 count += 1;
             } else {
                 self.put_away(letter);
             }
         }
-        let told = |letter: u64, result: i64| {
-            let letter = self.letters.borrow_mut()[letter as usize].replace(Letter::Sent(result));
-            if let Letter::Posted { waker, .. } = letter {
-                wake(waker);
-            }
-        };
+        self.give(&mut orders[..count], wake);
+    }
+
+    /// Gives the kernel all of `orders`, and those who wait for them what came of it.
+    fn give(&self, orders: &mut [Order], wake: impl Fn(Waker)) {
         let mut at = 0;
-        while at < count {
-            let rest = &mut orders[at..count];
+        while let Some(&first) = orders.get(at) {
+            let rest = &mut orders[at..];
             // alone it is cheaper without AIO, which also tells why one is refused
             let taken = if rest.len() == 1 { 0 } else { self.submit(rest) };
             if taken == 0 {
-                let Order { data, fd, bytes, len, .. } = rest[0];
-                told(data, write_alone(fd.cast_signed(), bytes as *const u8, len as usize));
+                let result =
+                    write_alone(first.fd.cast_signed(), first.bytes as *const u8, first.len as usize);
+                self.tell(first.data, result, &wake);
             } else {
                 let mut results = [Done::default(); BATCH];
                 for done in self.results(&mut results[..taken]) {
-                    told(done.data, done.result);
+                    self.tell(done.data, done.result, &wake);
+                }
+                if self.broken.get() {
+                    // of those who were told nothing yet
+                    orders[at..at + taken].iter().for_each(|order| self.tell(order.data, NO_RESULT, &wake));
                 }
             }
             at += taken.max(1);
+        }
+    }
+
+    /// Tells who posted `letter` what came of it, once. What AIO refused is written without it.
+    fn tell(&self, letter: u64, result: i64, wake: impl Fn(Waker)) {
+        let mut letters = self.letters.borrow_mut();
+        let letter = &mut letters[letter as usize];
+        let Letter::Posted { fd, bytes, len, .. } = *letter else { return };
+        let result = if is_refusal(result) { write_alone(fd, bytes, len) } else { result };
+        let told = letter.replace(Letter::Sent(result));
+        drop(letters);
+        if let Letter::Posted { waker, .. } = told {
+            wake(waker);
+        }
+    }
+
+    /// Lets go of those who wait: what they are woken by keeps them, and they keep the outbox. One that is dropped with
+    /// that may take its letter back, so nothing is borrowed then.
+    fn close(&self) {
+        self.posted.borrow_mut().clear();
+        let sleepers = self.sleepers.take();
+        drop(sleepers);
+        let count = self.letters.borrow().len();
+        for at in 0..count {
+            let mut letters = self.letters.borrow_mut();
+            if matches!(letters[at], Letter::Posted { .. }) {
+                let letter = letters[at].replace(Letter::Sent(NO_RESULT));
+                drop(letters);
+                drop(letter);
+            }
         }
     }
 
@@ -279,17 +362,22 @@ impl Outbox {
 
     /// Gives `orders` to the kernel; how many it took, from the front.
     fn submit(&self, orders: &mut [Order]) -> usize {
+        if self.broken.get() {
+            return 0;
+        }
         let mut list = [null_mut::<Order>(); BATCH];
         for (entry, order) in list.iter_mut().zip(&mut *orders) {
             *entry = order;
         }
         // SAFETY: the list has as many entries as said, each points to an order, and the bytes of each order are kept by
-        // who posted it: it withdraws the letter before it lets them go. All is done when the call returns.
+        // who posted it until it is told the result, or it withdraws the letter before. Who is told has a result of the
+        // kernel's, which is then done with the bytes, or the context is gone (`end`).
         let taken = unsafe { libc::syscall(libc::SYS_io_submit, self.aio, orders.len(), list.as_mut_ptr()) };
         usize::try_from(taken).unwrap_or(0)
     }
 
-    /// The results of what was taken; they are there already.
+    /// The results of what was taken; they are there already. Fewer only if AIO fails with them, which ends it: results
+    /// that nobody has read would be taken for those of later writes.
     fn results<'a>(&self, done: &'a mut [Done]) -> &'a [Done] {
         let mut count = 0;
         while let rest @ [_, ..] = &mut done[count..] {
@@ -301,12 +389,37 @@ impl Outbox {
             match usize::try_from(got) {
                 Ok(got @ 1..) => count += got,
                 Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                // nobody else knows the context; whoever was not told reaches the limit of its write
-                _ => break,
+                _ => {
+                    let error = io::Error::last_os_error();
+                    tracing::error!(%error, "AIO is broken: every write is a call of its own from now on");
+                    self.end();
+                    break;
+                }
             }
         }
         &done[..count]
     }
+
+    /// Has no AIO from now on.
+    fn end(&self) {
+        if !self.broken.replace(true) {
+            // SAFETY: the context is ours, and not used again. The call waits for what is under way in it.
+            unsafe { libc::syscall(libc::SYS_io_destroy, self.aio) };
+        }
+    }
+}
+
+/// What became of a write, of its result.
+fn written(result: i64) -> io::Result<usize> {
+    let error = |_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
+    usize::try_from(result).map_err(error)
+}
+
+/// Whether a result says that AIO does not write to such a thing: nothing was written then.
+fn is_refusal(result: i64) -> bool {
+    [libc::ESPIPE, libc::EINVAL, libc::EOPNOTSUPP, libc::ENOSYS]
+        .iter()
+        .any(|&error| result == -i64::from(error))
 }
 
 /// Writes without AIO; bytes written, or an error's negative number.
@@ -321,8 +434,7 @@ fn write_alone(fd: RawFd, bytes: *const u8, len: usize) -> i64 {
 
 impl Drop for Outbox {
     fn drop(&mut self) {
-        // SAFETY: the context is ours, and nothing in it is under way.
-        unsafe { libc::syscall(libc::SYS_io_destroy, self.aio) };
+        self.end();
     }
 }
 
@@ -369,155 +481,4 @@ impl Drop for Posted<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{io::Read, net::TcpStream, thread};
-
-    use super::*;
-    use crate::net::{Runtime, Settings, WriteHalf, accept_from, give_way, listen, pause};
-
-    /// Runs `test` over epoll with `count` connections: where is written, and where that is read.
-    fn with_connections<F: Future<Output = ()>>(
-        count: usize,
-        test: impl FnOnce(Vec<(WriteHalf, TcpStream)>) -> F,
-    ) {
-        let mut runtime = Runtime::build(Driver::Epoll).unwrap();
-        let off = Settings { tcp_keepalive_secs: 0, tcp_user_timeout_secs: 0 };
-        let listener = listen("127.0.0.1:0".parse().unwrap(), 1, &off).unwrap().remove(0);
-        let address = listener.local_addr().unwrap();
-        runtime.block_on(async {
-            let listener = accept_from(listener, Driver::Epoll).unwrap();
-            let mut connections = Vec::new();
-            for _ in 0..count {
-                let client = TcpStream::connect(address).unwrap();
-                connections.push((listener.accept().await.unwrap().1, client));
-            }
-            test(connections).await;
-        });
-    }
-
-    /// Runs every task of `tasks` to its end.
-    async fn run_all<F: Future<Output = ()> + 'static>(tasks: impl IntoIterator<Item = F>) {
-        let left = Rc::new(Cell::new(0));
-        for task in tasks {
-            left.set(left.get() + 1);
-            let left = left.clone();
-            spawn(async move {
-                task.await;
-                left.set(left.get() - 1);
-            });
-        }
-        while left.get() > 0 {
-            pause(1).await;
-        }
-    }
-
-    #[test]
-    fn what_is_written_in_one_turn_arrives_each_on_its_connection_in_order() {
-        const ROUNDS: usize = 5;
-        // more than are given to the kernel at a time
-        with_connections(BATCH + 7, async |connections| {
-            let outbox = current().expect("there is AIO where this is tested");
-            let most = Rc::new(Cell::new(0));
-            let (writers, mut readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
-            run_all(writers.into_iter().enumerate().map(|(n, mut writer)| {
-                let (outbox, most) = (outbox.clone(), most.clone());
-                async move {
-                    for round in 0..ROUNDS {
-                        let text = format!("{n:03}/{round};");
-                        let (result, buffer) = writer.write_all(Buffer::from_slice(text.as_bytes())).await;
-                        result.unwrap();
-                        assert_eq!(buffer.filled(), text.as_bytes());
-                        most.set(most.get().max(outbox.letters.borrow().len()));
-                        // the first turn tells that the next ones may be worth it
-                        give_way(false).await;
-                    }
-                }
-            }))
-            .await;
-            assert!(most.get() > BATCH, "they were not sent together");
-            for (n, reader) in readers.iter_mut().enumerate() {
-                let text: String = (0..ROUNDS).map(|round| format!("{n:03}/{round};")).collect();
-                let mut read = vec![0; text.len()];
-                reader.read_exact(&mut read).unwrap();
-                assert_eq!(String::from_utf8(read).unwrap(), text);
-            }
-            assert_eq!(outbox.free.borrow().len(), outbox.letters.borrow().len(), "a letter was lost");
-        });
-    }
-
-    #[test]
-    fn what_is_given_up_before_the_turn_ends_is_not_sent() {
-        with_connections(1, async |mut connections| {
-            let outbox = current().unwrap();
-            let (writer, mut reader) = connections.remove(0);
-            let fd = writer.fd();
-            outbox.before.set(2);
-            {
-                let mut lost = pin!(outbox.write(fd, Buffer::from_slice(b"never")));
-                let mut context = std::task::Context::from_waker(Waker::noop());
-                assert!(lost.as_mut().poll(&mut context).is_pending());
-            }
-            let mut sent = pin!(outbox.write(fd, Buffer::from_slice(b"sent")));
-            let (result, _) = sent.as_mut().await;
-            assert_eq!(result.unwrap(), 4);
-            let mut read = [0; 4];
-            reader.read_exact(&mut read).unwrap();
-            assert_eq!(&read, b"sent");
-            assert_eq!(outbox.free.borrow().len(), 2, "a letter was lost");
-        });
-    }
-
-    #[test]
-    fn a_reader_that_is_gone_is_an_error_and_more_than_fits_waits_for_its_reader() {
-        const MANY: usize = 8 << 20;
-        with_connections(3, async |connections| {
-            let outbox = current().unwrap();
-            outbox.before.set(2);
-            let (writers, mut readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
-            let gone = readers.pop().unwrap();
-            socket2::SockRef::from(&gone).set_linger(Some(std::time::Duration::ZERO)).unwrap();
-            drop(gone);
-            let reading: Vec<_> = readers
-                .into_iter()
-                .map(|mut reader| thread::spawn(move || reader.read_exact(&mut vec![0; MANY]).is_ok()))
-                .collect();
-            run_all(writers.into_iter().enumerate().map(|(n, mut writer)| async move {
-                let (result, buffer) = writer.write_all(Buffer::from_slice(&vec![b'x'; MANY])).await;
-                assert_eq!(result.is_ok(), n < 2, "{n}: {result:?}");
-                assert_eq!(buffer.len(), MANY);
-            }))
-            .await;
-            assert!(reading.into_iter().all(|reader| reader.join().unwrap()));
-        });
-    }
-
-    #[test]
-    fn those_who_always_write_let_timers_run() {
-        const MANY: u32 = 100_000;
-        with_connections(2, async |connections| {
-            let done = Rc::new(Cell::new(false));
-            let rounds = Rc::new(Cell::new(0));
-            let (writers, readers): (Vec<_>, Vec<_>) = connections.into_iter().unzip();
-            for mut reader in readers {
-                thread::spawn(move || io::copy(&mut reader, &mut io::sink()));
-            }
-            let tell = done.clone();
-            spawn(async move {
-                pause(1).await;
-                tell.set(true);
-            });
-            run_all(writers.into_iter().map(|mut writer| {
-                let (done, rounds) = (done.clone(), rounds.clone());
-                async move {
-                    while !done.get() && rounds.get() < MANY {
-                        rounds.set(rounds.get() + 1);
-                        writer.write_all(Buffer::from_slice(b"x")).await.0.unwrap();
-                        give_way(false).await;
-                    }
-                }
-            }))
-            .await;
-            assert!(rounds.get() < MANY, "no timer was looked at");
-        });
-    }
-}
+mod tests;
