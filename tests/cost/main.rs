@@ -79,10 +79,10 @@ impl What {
 /// with the reason in the commit.
 #[rustfmt::skip]
 const BUDGETS: &[Budget] = &[
-    Budget { what: What::Allocations,  case: Case::Json,  io: Io::Uring, most: 6.0 },
-    Budget { what: What::Allocations,  case: Case::Json,  io: Io::Epoll, most: 6.0 },
-    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Uring, most: 7.0 },
-    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Epoll, most: 7.0 },
+    Budget { what: What::Allocations,  case: Case::Json,  io: Io::Uring, most: 4.0 },
+    Budget { what: What::Allocations,  case: Case::Json,  io: Io::Epoll, most: 4.0 },
+    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Uring, most: 5.0 },
+    Budget { what: What::Allocations,  case: Case::Long,  io: Io::Epoll, most: 5.0 },
     Budget { what: What::Allocations,  case: Case::Event, io: Io::Uring, most: 0.0 },
     Budget { what: What::Allocations,  case: Case::Event, io: Io::Epoll, most: 0.0 },
     Budget { what: What::SystemCalls,  case: Case::Json,  io: Io::Uring, most: 4.0 },
@@ -94,8 +94,8 @@ const BUDGETS: &[Budget] = &[
     Budget { what: What::Submissions,  case: Case::Json,  io: Io::Uring, most: 4.0 },
     Budget { what: What::Submissions,  case: Case::Long,  io: Io::Uring, most: 5.0 },
     Budget { what: What::Submissions,  case: Case::Event, io: Io::Uring, most: 2.0 },
-    Budget { what: What::Instructions, case: Case::Json,  io: Io::Epoll, most: 30_500.0 },
-    Budget { what: What::Instructions, case: Case::Long,  io: Io::Epoll, most: 96_000.0 },
+    Budget { what: What::Instructions, case: Case::Json,  io: Io::Epoll, most: 25_000.0 },
+    Budget { what: What::Instructions, case: Case::Long,  io: Io::Epoll, most: 73_000.0 },
     Budget { what: What::Instructions, case: Case::Event, io: Io::Epoll, most: 3_500.0 },
 ];
 
